@@ -1,0 +1,715 @@
+"""What the methods share and no paper claims: images and views, backbone stages, processes and runs;
+and what three of them use to the letter: queue, InfoNCE, momentum update, shuffling BN.
+
+Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss.
+The way of an image: file -> worker: decode, cut the views with their exact rectangles (uint8) ->
+batch -> device: colour, blur, normalise, for the whole batch at once -> encoders.
+"""
+import csv
+import json
+import math
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2.functional import resized_crop
+
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class InputError(ValueError):
+    """Something the user can put right: ``launch`` prints it as one line, without a traceback."""
+
+
+def seed_for(*numbers):
+    """One 64-bit seed from several non-negative integers, such as (seed, epoch, image)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ---------------------------------------------------------------- images and views (in the workers)
+
+
+class View(NamedTuple):
+    """A crop of an image, and where it was cut; a batch of them is a View of stacked tensors."""
+
+    pixels: torch.Tensor  # (3, H, W) uint8
+    box: torch.Tensor  # (4,) float, x1 y1 x2 y2 in the source image's pixels
+    flipped: bool  # left and right exchanged after the cut
+
+
+def read_image(path):
+    """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # PIL's own conversion would clip 16 bits at 255
+            pixels = (np.array(image) >> 8).astype(np.uint8)
+            image = Image.fromarray(pixels)
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class ImageFiles(Dataset):
+    """Every image below a folder, in any layout, sorted by path: item i is (3, H, W) uint8.
+
+    A file that cannot be decoded is marked in ``broken`` (n,), a bool tensor that all workers
+    share, and the next one that can stands in for it.
+    Raises InputError: no such folder, no images in it, none of them decodable.
+    """
+
+    def __init__(self, root):
+        if not os.path.isdir(root):
+            raise InputError(f"no such folder: {root}")
+        self.paths, seen = [], set()
+        for folder, below, files in os.walk(root, followlinks=True):
+            seen.add(os.path.realpath(folder))
+            below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
+            self.paths += [os.path.join(folder, f) for f in files
+                           if f.lower().endswith(IMAGE_ENDINGS)]
+        if not self.paths:
+            raise InputError(f"no images below {root} (looked for {' '.join(IMAGE_ENDINGS)})")
+        self.paths.sort()
+        self.broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        for i in range(index, index + len(self)):
+            i %= len(self)
+            if not self.broken[i]:
+                try:
+                    return read_image(self.paths[i])
+                except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
+                    self.broken[i] = True
+        raise InputError(f"none of the {len(self)} images can be decoded")
+
+
+def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random rectangle of the image (3, H, W) uint8, resized to size x size, flipped with p 0.5.
+
+    scale: its share of the image's area; ratio: its width / height.  Returns a View.
+    """
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
+    pixels = resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    flipped = bool(torch.rand(()) < 0.5)
+    box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
+    return View(pixels.flip(-1) if flipped else pixels, box, flipped)
+
+
+class _Drawn(Dataset):
+    """Item (epoch, index): ``draw(data[index])``, its random numbers from (seed, epoch, index) alone."""
+
+    def __init__(self, data, draw, seed):
+        self.data, self.draw, self.seed = data, draw, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        torch.manual_seed(seed_for(self.seed, epoch, index))
+        return self.draw(self.data[index])
+
+
+def ignore_signals(_worker=None):
+    """For a loading process: it leaves when its parent does, not when Ctrl-C reaches both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
+    """This process's share of the batches of ``steps`` (a range), as a DataLoader.
+
+    draw: an item of ``data`` -> what goes into a batch, such as an image's views; batch_size is
+    global.  A step's batch depends on (seed, step) alone, whatever step comes first and however
+    many workers there are.  Images that do not fill a batch are left out of an epoch, others in each.
+    """
+    per_epoch, mine = len(data) // batch_size, batch_size // world_size()
+
+    def batches():
+        for step in steps:
+            epoch, part = divmod(step, per_epoch)
+            if part == 0 or step == steps[0]:
+                order = np.random.default_rng([seed, epoch]).permutation(len(data))
+            start = part * batch_size + rank() * mine
+            yield [(epoch, int(i)) for i in order[start:start + mine]]
+
+    return DataLoader(_Drawn(data, draw, seed), batch_sampler=batches(), num_workers=workers,
+                      collate_fn=collate_fn, worker_init_fn=ignore_signals,
+                      pin_memory=torch.cuda.is_available())
+
+
+# ------------------------------------------------- colour and blur (on the device, a batch at once)
+# x (B, 3, H, W) float in 0..1; factor (B,): as torchvision.transforms.functional's adjust_*, but
+# with a strength for each image.
+
+
+def _gray(x):
+    weights = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
+    return (x * weights).sum(1, keepdim=True)  # (B, 1, H, W)
+
+
+def _blend(x, other, factor):
+    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def adjust_brightness(x, factor):
+    """factor 0: black; 1: as it is."""
+    return _blend(x, torch.zeros_like(x), factor)
+
+
+def adjust_contrast(x, factor):
+    """factor 0: the mean gray of each image; 1: as it is."""
+    return _blend(x, _gray(x).mean((1, 2, 3), keepdim=True).expand_as(x), factor)
+
+
+def adjust_saturation(x, factor):
+    """factor 0: gray; 1: as it is."""
+    return _blend(x, _gray(x).expand_as(x), factor)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue by ``shift`` (B,) of a full circle, -0.5..0.5, at the same value and chroma."""
+    red, green, blue = x.unbind(1)  # (B, H, W) each
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    by = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == red, (green - blue) / by,
+                      torch.where(value == green, 2 + (blue - red) / by, 4 + (red - green) / by))
+    corner = x.new_tensor([5, 3, 1]).view(3, 1, 1)  # of the hue's hexagon: of red, green, blue
+    k = (corner + (hue + 6 * shift.view(-1, 1, 1)).unsqueeze(1)) % 6  # (B, 3, H, W)
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma):
+    """A Gaussian of ``sigma`` (B,) pixels, at most 2; 13 taps (3 sigma), one axis at a time."""
+    taps = torch.arange(-6, 7, device=x.device)
+    kernel = torch.softmax(-(taps / sigma.unsqueeze(1)) ** 2 / 2, dim=1)  # (B, 13), rows sum to 1
+    kernel = kernel.repeat_interleave(3, dim=0)  # (3B, 13)
+    y = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1).unsqueeze(0)  # (1, 3B, H+12, W+12)
+    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
+    return y.view_as(x)
+
+
+def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5,
+                p_solarize=0.0):
+    """Colour jitter, gray, blur, solarize and ImageNet normalisation of a batch of views.
+
+    pixels: (B, 3, H, W) uint8; jitter: strengths of brightness, contrast, saturation and hue; the
+    p_* are each image's own chances, and its strengths are its own too.  The order of the jitter's
+    four is drawn once a batch.  Returns (B, 3, H, W) float32.
+    """
+    x = pixels.float() / 255
+    number, device = len(x), x.device
+
+    def chosen(p):  # drawn on the CPU, so that choosing rows never waits for the device
+        return torch.rand(number) < p
+
+    jittered = chosen(p_jitter)
+    for op in torch.randperm(4).tolist():
+        drawn = (2 * torch.rand(number) - 1) * jitter[op]  # (B,) in -strength..strength
+        drawn = torch.where(jittered, drawn, 0).to(device, non_blocking=True)
+        if op == 3:
+            x = adjust_hue(x, drawn)
+        else:
+            x = (adjust_brightness, adjust_contrast, adjust_saturation)[op](
+                x, (1 + drawn).clamp(min=0))
+    x = adjust_saturation(x, (~chosen(p_gray)).to(device, x.dtype, non_blocking=True))
+
+    rows, sigma = chosen(p_blur).nonzero().flatten(), 0.1 + 1.9 * torch.rand(number)
+    if len(rows):
+        sigma, rows = sigma[rows].to(device), rows.to(device)
+        x = x.index_copy(0, rows, gaussian_blur(x[rows], sigma))
+    if p_solarize:
+        solarized = chosen(p_solarize).to(device).view(-1, 1, 1, 1)
+        x = torch.where(solarized & (x >= 0.5), 1 - x, x)
+    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+
+
+# ------------------------------------------------------------------------------- backbone and heads
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """Batch norm over ``groups`` equal, consecutive parts of the batch, as that many GPUs would.
+
+    One process then trains as several do: without it, shuffling BN would have nothing to shuffle
+    between.  Running statistics are the mean over the groups.  In eval mode, and in its state
+    dict, it is BatchNorm2d.  Raises InputError when the groups do not divide the batch.
+    """
+
+    def __init__(self, num_features, groups=1, **kwargs):
+        super().__init__(num_features, **kwargs)
+        self.groups = groups
+
+    def forward(self, x):
+        if not self.training or self.groups == 1:
+            return super().forward(x)
+        if len(x) % self.groups:
+            raise InputError(f"{self.groups} batch norm groups do not divide a batch of {len(x)}")
+        self.num_batches_tracked += 1
+        means = self.running_mean.repeat(self.groups, 1)  # (groups, C), each updated by its own part
+        variances = self.running_var.repeat(self.groups, 1)
+        y = torch.cat([
+            F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True,
+                         self.momentum, self.eps)
+            for i, part in enumerate(x.chunk(self.groups))])
+        self.running_mean.copy_(means.mean(0))
+        self.running_var.copy_(variances.mean(0))
+        return y
+
+
+def batch_norm_groups(bn_groups, batch_size):
+    """How many of ``bn_groups`` over the global batch are this process's.  InputError if none fit."""
+    if batch_size % world_size():
+        raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
+    if bn_groups % world_size():
+        raise InputError(f"{bn_groups} batch norm groups do not divide over {world_size()} processes")
+    if batch_size % bn_groups:
+        raise InputError(f"batch size {batch_size} does not divide into {bn_groups} batch norm groups")
+    return bn_groups // world_size()
+
+
+class ResNetStages(nn.Module):
+    """torchvision's ResNet without its classifier, under the same parameter names.
+
+    (B, 3, H, W) -> [Res2, Res3, Res4, Res5]: (B, C_i, H/s, W/s), s = 4, 8, 16, 32, C_i = channels[i].
+    """
+
+    def __init__(self, resnet):
+        super().__init__()
+        for name, module in resnet.named_children():
+            if name not in ("avgpool", "fc"):
+                self.add_module(name, module)
+        self.channels = [resnet.fc.in_features // by for by in (8, 4, 2, 1)]
+
+    def forward(self, x):
+        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        stages = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            stages.append(x)
+        return stages
+
+
+def resnet_stages(arch, norm_layer=nn.BatchNorm2d):
+    """A randomly initialised torchvision ResNet, by name, as ResNetStages."""
+    known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
+    if arch not in known:
+        raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
+    return ResNetStages(torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer))
+
+
+def mlp(c_in, hidden, c_out):
+    """The 2-layer projection head of MoCo v2: (N, c_in) -> (N, c_out)."""
+    return nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, c_out))
+
+
+# ------------------------------------------------------------------ contrast: InfoNCE, queue, momentum
+
+
+def info_nce(q, k, negatives, tau, chunk=None):
+    """InfoNCE: -log exp(q.k/tau) / (exp(q.k/tau) + sum_j exp(q.n_j/tau)), mean over the N rows.
+
+    q, k: (N, D); negatives: (K, D); unit rows.  Returns a float32 scalar (0 for N = 0).
+    ``chunk`` rows of logits at a time exist in memory (about 2**25 logits by default); where that
+    takes several chunks, each is computed again in the backward pass.  ``negatives`` must
+    therefore not change before it.
+    """
+    q, k, negatives = q.float(), k.float(), negatives.float()
+
+    def summed(q, k):
+        with torch.autocast(q.device.type, enabled=False):
+            positive = (q * k).sum(1) / tau  # (n,)
+            others = (q @ negatives.T / tau).logsumexp(1)  # (n,)
+            return (torch.logaddexp(positive, others) - positive).sum()
+
+    chunk = chunk or max(1, 2 ** 25 // max(1, len(negatives)))
+    if len(q) <= chunk:
+        return summed(q, k) / max(1, len(q))
+    parts = zip(q.split(chunk), k.split(chunk))
+    total = sum(checkpoint(summed, *p, use_reentrant=False, preserve_rng_state=False) for p in parts)
+    return total / len(q)
+
+
+@torch.no_grad()
+def contrast_statistics(q, k, negatives):
+    """What to watch beside the loss, as 0-dim tensors: the share of queries whose key beats all
+    negatives, the mean similarities, and the mean deviation of a query's coordinate, which falls to
+    0 when all queries become one and is 1/sqrt(D) when they fill the sphere."""
+    q, k, negatives = q.detach().float(), k.float(), negatives.float()
+    positive, others = (q * k).sum(1), q @ negatives.T  # (N,), (N, K)
+    return dict(accuracy=(positive > others.amax(1)).float().mean(),
+                similarity_positive=positive.mean(), similarity_negative=others.mean(),
+                deviation=q.std(0).mean())
+
+
+class Queue(nn.Module):
+    """The last K keys, as negatives: ``keys`` (K, D), unit rows, the same in every process."""
+
+    def __init__(self, size, dim):
+        super().__init__()
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim), dim=1))
+        self.register_buffer("oldest", torch.zeros((), dtype=torch.long))  # row that goes next
+
+    @torch.no_grad()
+    def push(self, keys):
+        """Put the unit rows (n, D) of all processes, in rank order, in place of the oldest ones."""
+        keys = all_gather(keys)
+        if len(keys) > len(self.keys):
+            raise InputError(f"{len(keys)} keys do not fit into a queue of {len(self.keys)}")
+        rows = (self.oldest + torch.arange(len(keys), device=keys.device)) % len(self.keys)
+        self.keys[rows] = keys.to(self.keys.dtype)
+        self.oldest.copy_((self.oldest + len(keys)) % len(self.keys))
+
+
+def momentum_update(online, target, m):
+    """theta_target <- m theta_target + (1 - m) theta_online, parameter by parameter."""
+    get_ema_multi_avg_fn(m)(list(target.parameters()), list(online.parameters()), None)
+
+
+@torch.no_grad()
+def shuffled(encoder, images):
+    """Shuffling BN: ``encoder`` sees the images of all processes in a random order, so that a key
+    shares its batch norm group with other images than its query does.
+
+    images: (B, 3, H, W) of this process; encoder: images -> (B, ...) or a list of such.
+    Returns what it gives for this process's images, in their order.
+    """
+    everyone = all_gather(images)
+    order = torch.randperm(len(everyone), device=images.device)
+    if world_size() > 1:
+        dist.broadcast(order, src=0)
+    here = slice(rank() * len(images), (rank() + 1) * len(images))
+    out = encoder(everyone[order[here]])
+    back = order.argsort()[here]
+    return [all_gather(o)[back] for o in out] if isinstance(out, list) else all_gather(out)[back]
+
+
+# ----------------------------------------------------------------------------------------- processes
+
+
+def rank():
+    """This process's number, 0 when it is the only one."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def setup():
+    """Join the processes that torchrun started (nccl on CUDA, gloo otherwise), or be a single one.
+
+    Returns this process's device.
+    """
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    if cuda and local >= torch.cuda.device_count():
+        raise InputError(f"{local + 1} processes need as many GPUs, not {torch.cuda.device_count()}")
+    if cuda:
+        torch.cuda.set_device(local)
+        torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def all_gather(x):
+    """(n, ...) of each process -> (world n, ...) in rank order; no gradient."""
+    if world_size() == 1:
+        return x
+    everyone = x.new_empty((world_size() * len(x), *x.shape[1:]))
+    dist.all_gather_into_tensor(everyone, x.contiguous())
+    return everyone
+
+
+def launch(train, args):
+    """Run ``train(args, device)`` as a command: join the processes, leave them at the end, and
+    answer bad input with one line and exit status 1."""
+    try:
+        train(args, setup())
+    except (InputError, OSError) as error:
+        if int(os.environ.get("LOCAL_RANK", 0)):
+            time.sleep(2)  # the first process of each machine speaks; torchrun then ends the others
+            sys.exit(1)
+        sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# --------------------------------------------------------------------------- checkpoints and backbones
+
+
+def save_checkpoint(path, **state):
+    """Write ``state`` whole or not at all: to a temporary name first, then renamed."""
+    temporary = f"{path}.tmp"
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def load_checkpoint(path):
+    """What save_checkpoint wrote, or any file of tensors, on the CPU.  Raises InputError.
+
+    Only tensors and plain containers are read (weights_only=True): no code in a file is run.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no such file: {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0][:200]
+        raise InputError(f"{path} is not a file of tensors that can be read safely: {reason}") from None
+
+
+def export_backbone(stages, path):
+    """Write a ResNetStages under torchvision's own parameter names."""
+    state = {k: v.detach().cpu().contiguous().clone() for k, v in stages.state_dict().items()}
+    save_checkpoint(path, **state)
+
+
+def load_backbone(stages, path):
+    """Copy a pre-trained ResNet into ``stages``, whatever prefix its file has before conv1.weight.
+
+    Reads the files of export_backbone, torchvision, and the public MoCo, DetCo, SoCo and Barlow
+    Twins; of several backbones in one file it takes the first, which is the trained, not the
+    averaged one.  Says what was loaded.  Raises InputError when a tensor is missing or has
+    another shape: a half-loaded backbone would look like a bad method.
+    """
+    state = load_checkpoint(path)
+    for nested in ("state_dict", "model"):
+        state = state[nested] if isinstance(state, dict) and nested in state else state
+    names = state if isinstance(state, dict) else ()
+    prefix = next((n[:-len("conv1.weight")] for n in names if n.endswith("conv1.weight")
+                   and n[:-len("conv1.weight")] + "layer1.0.conv1.weight" in names), None)
+    if prefix is None:
+        raise InputError(f"{path} holds no ResNet: no name in it ends in conv1.weight beside layer1")
+    found = {n[len(prefix):]: v for n, v in state.items() if n.startswith(prefix)}
+    wanted = stages.state_dict()
+    for name, tensor in wanted.items():
+        if name not in found and not name.endswith("num_batches_tracked"):
+            raise InputError(f"{path}: {prefix}{name} is missing")
+        if name in found and found[name].shape != tensor.shape:
+            raise InputError(f"{path}: {prefix}{name} is {tuple(found[name].shape)}, not "
+                             f"{tuple(tensor.shape)}: another architecture?")
+    loaded = {n: v for n, v in found.items() if n in wanted}
+    stages.load_state_dict(loaded, strict=False)
+    if rank() == 0:
+        left = sorted(set(state) - {prefix + n for n in loaded})
+        print(f"{path}: {len(loaded)} tensors loaded from '{prefix}*', {len(left)} left aside"
+              + (f" ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})" if left else ""))
+
+
+# ----------------------------------------------------------------------------------------------- runs
+
+
+def add_run_arguments(parser, out):
+    """The flags of every command that say where and how to run, not what to compute."""
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", default=out, help="folder of the run (default %(default)s)")
+    group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
+                       help="loading processes for each training process (default %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of weights, views and batches")
+    group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.csv")
+    group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
+
+
+class Run:
+    """The folder of a run, and what happens in it after every step.
+
+    args: the command's; method: its name, kept in the checkpoint; images: the data set, whose
+    broken files are counted; save: name -> module or optimizer that a checkpoint must hold.
+    It resumes at once if the folder holds a checkpoint: ``step`` is the number of steps done.
+    Raises InputError: a checkpoint of another method or of other arguments.
+    """
+
+    FREE = ("out", "workers", "log_every", "fresh")  # arguments that may differ when a run goes on
+
+    def __init__(self, args, method, images, steps, steps_per_epoch, save):
+        self.method, self.images, self.save_parts = method, images, save
+        self.steps, self.steps_per_epoch, self.log_every = steps, steps_per_epoch, args.log_every
+        self.out, self.batch_size, self.step = Path(args.out), args.batch_size, 0
+        self.fixed = {k: v for k, v in vars(args).items() if k not in self.FREE}
+        self.file, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
+        self.window, self.named, self.signal = [], set(), 0
+        self.out.mkdir(parents=True, exist_ok=True)
+        if args.fresh and rank() == 0:
+            for old in (self.file, self.table):
+                old.unlink(missing_ok=True)
+        if world_size() > 1:
+            dist.barrier()
+        if self.file.exists():
+            self._resume()
+        elif rank() == 0:
+            self.table.unlink(missing_ok=True)
+        if rank() == 0:
+            (self.out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note_signal)
+        self.began = self.logged = (time.monotonic(), self.step)
+        self.drawn = time.monotonic()
+
+    @property
+    def finished(self):
+        """Whether there is nothing left to do."""
+        return self.step >= self.steps
+
+    def _resume(self):
+        state = load_checkpoint(self.file)
+        if not isinstance(state, dict) or state.get("method") != self.method:
+            of = state.get("method") if isinstance(state, dict) else None
+            raise InputError(f"{self.file} is a checkpoint of {of}, not of {self.method}")
+        old, new = state["args"], json.loads(json.dumps(self.fixed))
+        other = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
+                 if old.get(k) != new.get(k)]
+        if other:
+            raise InputError(f"{self.out} holds a run with other arguments: {', '.join(other)}; "
+                             "give the same ones, another --out, or --fresh to start over")
+        for name, part in self.save_parts.items():
+            part.load_state_dict(state[name])
+        self.step = state["step"]
+        if rank() == 0:
+            rows = [row for row in self._rows() if int(row["step"]) <= self.step]
+            self.table.unlink(missing_ok=True)
+            for row in rows:
+                self._write(row)
+            print(f"{self.out}: " + (f"finished, all {self.steps} steps are done; --fresh starts over"
+                                     if self.finished else f"going on after step {self.step}"))
+
+    def _note_signal(self, number, _frame):
+        self.signal = number
+
+    def stop_if_asked(self):
+        """After SIGTERM or Ctrl-C in any process: save in all, and leave with 128 + its number."""
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            if self.step:
+                self._log()
+                self._save()
+            self.say(f"stopped by {signal.Signals(int(number)).name}; the same command goes on "
+                     f"after step {self.step}")
+            sys.exit(128 + int(number))
+
+    def end_step(self, loss, lr, **parts):
+        """Count a step; log it, save it or stop after it when one of these is due.
+
+        loss and parts: 0-dim tensors, read only when a line is logged; lr: a number.
+        """
+        self.step += 1
+        self.window.append(torch.stack([v.detach().float() for v in (loss, *parts.values())]))
+        self.names, self.lr = ("loss", *parts), lr
+        epoch_ends = self.step % self.steps_per_epoch == 0 or self.finished
+        if self.step % self.log_every == 0 or epoch_ends:
+            self._log()
+        if epoch_ends:
+            self._save()
+        if not self.finished:
+            self.stop_if_asked()
+
+    def _log(self):
+        if not self.window:
+            return
+        values = torch.stack(self.window)  # (steps since the last line, columns)
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        values, self.window = values.cpu(), []  # the only place where the loop waits for the device
+        wrong = (~values[:, 0].isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            kept = f"{self.file} is the last good checkpoint" if self.file.exists() else "none saved"
+            raise InputError(f"the loss is not finite at step "
+                             f"{self.step - len(values) + 1 + wrong[0]}; {kept}")
+        self._report_broken()
+        now, (then, step_then), (start, step_start) = time.monotonic(), self.logged, self.began
+        self.logged = (now, self.step)
+        speed = (self.step - step_then) * self.batch_size / max(now - then, 1e-9)
+        left = (self.steps - self.step) * (now - start) / max(1, self.step - step_start)
+        row = dict(step=self.step, epoch=round(self.step / self.steps_per_epoch, 4),
+                   **dict(zip(self.names, values.mean(0).tolist())), lr=self.lr,
+                   images_per_s=round(speed, 1))
+        if rank() == 0:
+            self._write(row)
+        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items()
+                          if k not in ("step", "epoch", "images_per_s"))
+        self.say(f"epoch {math.ceil(row['epoch'])}/{math.ceil(self.steps / self.steps_per_epoch)}  "
+                 f"step {self.step}/{self.steps}  {shown}  {speed:.0f} images/s  "
+                 f"{left / 60:.1f} min left", rewrite=not self.finished)
+
+    def _report_broken(self):
+        flags = getattr(self.images, "broken", torch.zeros(0)).to(torch.uint8)
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken = flags.nonzero().flatten().tolist()
+        for i in broken:
+            if i not in self.named:
+                self.say(f"cannot decode {self.images.paths[i]}: another image stands in for it "
+                         f"({len(broken)} of {len(flags)} so far)")
+        self.named = set(broken)
+        if len(broken) > 0.01 * len(flags):
+            raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: more than 1%")
+
+    def _save(self):
+        if rank() == 0:
+            parts = {name: part.state_dict() for name, part in self.save_parts.items()}
+            save_checkpoint(self.file, method=self.method, args=self.fixed, step=self.step, **parts)
+            if self.finished or self.signal or time.monotonic() - self.drawn > 60:
+                draw_curves(self.table, self.out / "curves.png")
+                self.drawn = time.monotonic()
+
+    def _rows(self):
+        with open(self.table, newline="") as file:
+            return [row for row in csv.DictReader(file) if None not in row.values()]
+
+    def _write(self, row):
+        new = not self.table.exists()
+        with open(self.table, "a", newline="") as file:
+            writer = csv.DictWriter(file, row)
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+    def say(self, text, rewrite=False):
+        """Print a line, once for all processes; on a terminal the next one may take its place."""
+        if rank() == 0:
+            terminal = sys.stdout.isatty()
+            clear = "\r\033[K" if terminal else ""
+            print(clear + text, end="" if rewrite and terminal else "\n", flush=True)
+
+
+def draw_curves(table, path):
+    """Draw the columns of a log.csv over the epochs; those that share a first word share a panel."""
+    from matplotlib.figure import Figure  # half a second that most processes never need
+    with open(table, newline="") as file:
+        rows = list(csv.DictReader(file))
+    panels = {}
+    for name in rows[0]:
+        if name not in ("step", "epoch", "images_per_s"):
+            panels.setdefault(name.split("_")[0], []).append(name)
+    across = min(3, len(panels))
+    figure = Figure((4 * across, 3 * math.ceil(len(panels) / across)), layout="constrained")
+    for i, (word, names) in enumerate(panels.items()):
+        axes = figure.add_subplot(math.ceil(len(panels) / across), across, i + 1)
+        for name in names:
+            axes.plot([float(r["epoch"]) for r in rows], [float(r[name]) for r in rows],
+                      "--" if name.endswith("chance") else "-", label=name.replace("_", " "))
+        axes.set(title=word, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(names) > 1:
+            axes.legend()
+    figure.savefig(path, dpi=100)

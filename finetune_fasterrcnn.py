@@ -1,0 +1,310 @@
+"""Fine-tune torchvision's Faster R-CNN from a pre-trained backbone, and measure AP by COCO's rules.
+
+Faster R-CNN (Ren et al., NIPS 2015, arXiv 1506.01497) with a feature pyramid (FPN; Lin et al.,
+CVPR 2017, arXiv 1612.03144).  All layers train, and batch norm trains with them: self-supervised
+features are of another scale than supervised ones, and frozen statistics would not fit them.
+
+Read first: one of the methods, for where --weights comes from.
+
+Commands
+    python finetune_fasterrcnn.py --weights runs/moco_v2/backbone.pt      built-in scenes
+    python finetune_fasterrcnn.py --weights none --out runs/random        what to compare it with
+    torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
+
+DIR holds VOCdevkit/VOC2007, or is itself in VOC's layout (Annotations, ImageSets, JPEGImages).
+
+Where this differs from the papers, or they are silent
+    - `difficult` objects of VOC are left out of training and ignored in the evaluation.
+    - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.
+"""
+import argparse
+import json
+import os
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+
+from common import (InputError, Run, add_run_arguments, ignore_signals, launch, load_backbone,
+                    load_batches, rank, read_image, resnet_stages, seed_for, world_size)
+
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
+               "motorbike person pottedplant sheep sofa train tvmonitor").split()
+
+
+def parse_args(argv=None):
+    """VOC's recipe for an FPN detector by default; without --data, a small one for the scenes."""
+    parser = argparse.ArgumentParser(description="Fine-tune Faster R-CNN and measure its AP.")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=["scenes", "voc"], default="scenes")
+    add("--data", help="folder in VOC layout, for --dataset voc")
+    add("--train-split", default="trainval", help="a list in ImageSets/Main (default %(default)s)")
+    add("--test-split", default="test", help="likewise (default %(default)s)")
+    add("--classes", nargs="+", default=VOC_CLASSES, help="names in the annotations (default: VOC's)")
+    add("--train-scenes", type=int, default=400, help="number of labelled built-in scenes")
+    add("--test-scenes", type=int, default=300, help="number of built-in scenes to measure AP on")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--weights", default="none", help="file that holds a ResNet, or none (default)")
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet")
+    add("--iterations", type=int, default=24000)
+    add("--batch-size", type=int, default=16, help="of all processes together")
+    add("--lr", type=float, default=0.02, help="for each 16 images of the batch")
+    add("--warmup", type=int, default=100, help="iterations of linear growth of the lr")
+    add("--drops", type=int, nargs="*", default=[18000, 22000], help="iterations where lr falls to a tenth")
+    add("--weight-decay", type=float, default=1e-4)
+    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)),
+        help="short side in pixels, drawn from these; the last one for testing")
+    add("--max-size", type=int, default=1333, help="long side at most")
+    add("--fpn-channels", type=int, default=256)
+    add("--anchor-size", type=int, default=32, help="side of P2's anchors; doubles with each level")
+    add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on")
+    add_run_arguments(parser, out="runs/finetune")
+    if parser.parse_known_args(argv)[0].dataset == "scenes":  # small enough for two CPU cores
+        parser.set_defaults(arch="resnet18", iterations=400, drops=[300, 360], min_size=[96],
+                            max_size=96, fpn_channels=64, anchor_size=8, rois=64)
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------- data
+# An item: image (3, H, W) uint8, boxes (n, 4) float x1 y1 x2 y2 in its pixels, labels (n,) from 0,
+# ignore (n,) bool.
+
+
+class LabelledScenes(Dataset):
+    """The built-in scenes with their boxes; the seeds of training, test and pre-training differ."""
+
+    def __init__(self, n, seed):
+        from scenes import CLASSES, Scenes
+        self.scenes, self.classes = Scenes(n, size=96, seed=seed, cache=True), CLASSES
+
+    def __len__(self):
+        return len(self.scenes)
+
+    def __getitem__(self, index):
+        image, boxes, labels = self.scenes.labelled(index)
+        return image, boxes, labels, torch.zeros(len(labels), dtype=torch.bool)
+
+
+class VOC(Dataset):
+    """One split of a folder in PASCAL VOC's layout; `difficult` boxes are the ones to ignore.
+
+    VOC counts pixels from 1 and includes both ends: x1 and y1 are lowered by 1 here, so that
+    x2 - x1 is a width.  Raises InputError: another layout, no such split, a file that is missing or
+    does not parse, an unknown class.
+    """
+
+    def __init__(self, root, split, classes):
+        self.classes = classes
+        folders = [os.path.join(root, below) for below in ("", "VOC2007", "VOCdevkit/VOC2007")]
+        self.root = next((f for f in folders if os.path.isdir(f"{f}/ImageSets/Main")), None)
+        if self.root is None:
+            raise InputError(f"{root} is not in VOC layout: no ImageSets/Main, nor VOCdevkit/VOC2007")
+        try:
+            with open(f"{self.root}/ImageSets/Main/{split}.txt") as file:
+                self.names = [line.split()[0] for line in file if line.strip()]
+        except FileNotFoundError:
+            raise InputError(f"no such split: {self.root}/ImageSets/Main/{split}.txt") from None
+        self.without_area = 0
+        self.objects = [self._read(f"{self.root}/Annotations/{name}.xml") for name in self.names]
+        if self.without_area and rank() == 0:
+            print(f"{split}: {self.without_area} boxes without area left out")
+
+    def _read(self, path):
+        boxes, labels, ignore = [], [], []
+        try:
+            for thing in ElementTree.parse(path).iterfind("object"):
+                x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{side}"))
+                                  for side in ("xmin", "ymin", "xmax", "ymax"))
+                if x2 <= x1 or y2 <= y1:
+                    self.without_area += 1
+                    continue
+                boxes.append([x1 - 1, y1 - 1, x2, y2])
+                labels.append(self.classes.index(thing.findtext("name").strip()))
+                ignore.append(thing.findtext("difficult", "0").strip() == "1")
+        except FileNotFoundError:
+            raise InputError(f"no such file: {path}") from None
+        except (ElementTree.ParseError, TypeError, AttributeError) as error:
+            raise InputError(f"{path} is not a VOC annotation: {error}") from None
+        except ValueError:
+            raise InputError(f"{path}: unknown class {thing.findtext('name')!r}, or no number "
+                             f"in a box (--classes are {' '.join(self.classes)})") from None
+        return (torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels, dtype=torch.long),
+                torch.tensor(ignore, dtype=torch.bool))
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, index):
+        path = f"{self.root}/JPEGImages/{self.names[index]}.jpg"
+        try:
+            return (read_image(path), *self.objects[index])
+        except Exception as error:
+            raise InputError(f"cannot read {path}: {error}") from None
+
+
+def training_item(item):
+    """Flip with p 0.5, leave out what is to be ignored -> image, torchvision's dict of targets."""
+    image, boxes, labels, ignore = item
+    if torch.rand(()) < 0.5:
+        image, width = image.flip(-1), image.shape[-1]
+        boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+    return image, dict(boxes=boxes[~ignore], labels=labels[~ignore] + 1)  # 0 is the background
+
+
+# ------------------------------------------------------------------------------------------ detector
+
+
+def build_detector(arch, num_classes, fpn_channels=256, min_size=(800,), max_size=1333,
+                   anchor_size=32, rois=512, weights="none"):
+    """torchvision's Faster R-CNN on an FPN over Res2..Res5, batch norm in both, all of it trainable.
+
+    num_classes: without the background.  weights: a file for load_backbone, or "none".
+    In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
+    losses; in eval mode a list of dicts boxes, labels (from 1), scores, 100 at most for an image.
+    """
+    stages = resnet_stages(arch, nn.BatchNorm2d)
+    if weights != "none":
+        load_backbone(stages, weights)
+    backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)}, stages.channels,
+                               fpn_channels, norm_layer=nn.BatchNorm2d)
+    anchors = AnchorGenerator([(anchor_size * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5)
+    return FasterRCNN(backbone, num_classes + 1, min_size=tuple(min_size), max_size=max_size,
+                      rpn_anchor_generator=anchors, box_batch_size_per_image=rois,
+                      rpn_post_nms_top_n_train=4 * rois, rpn_post_nms_top_n_test=2 * rois)
+
+
+def learning_rate(step, base, warmup, drops):
+    """Linear from base / 1000 during ``warmup`` steps, then a tenth from each of ``drops`` on."""
+    grown = 1 if step >= warmup else 0.001 + 0.999 * step / warmup
+    return base * grown * 0.1 ** sum(step >= drop for drop in drops)
+
+
+# ---------------------------------------------------------------------------------------- evaluation
+
+# AP
+
+
+@torch.no_grad()
+def detect(model, images, device):
+    """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), on
+    the CPU; best first."""
+    found = model([image.to(device, non_blocking=True).float() / 255 for image in images])
+    return [dict(boxes=f["boxes"].cpu(), labels=f["labels"].cpu() - 1, scores=f["scores"].cpu())
+            for f in found]
+
+
+def evaluate(model, dataset, args, device, run):
+    """coco_ap of the whole data set, each process detecting in its share of the images."""
+    batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
+               for start in range(0, len(dataset), args.batch_size)]  # as many in every process
+    loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
+                        worker_init_fn=ignore_signals)
+    mine = []
+    model.eval()
+    for indices, items in zip(batches, loader):
+        run.stop_if_asked()
+        images = [image for image, *_ in items]
+        truths = [dict(boxes=b, labels=l, ignore=i) for _, b, l, i in items]
+        mine += zip(indices, truths, detect(model, images, device) if images else [])
+        run.say(f"detecting: {indices[-1] + 1 if indices else len(dataset)}/{len(dataset)}", True)
+    everyone = [mine]
+    if world_size() > 1:
+        everyone = [None] * world_size()
+        dist.all_gather_object(everyone, mine)
+    together = sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
+    return coco_ap([t for _, t, _ in together], [d for _, _, d in together])
+
+
+def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
+    """A picture of the first images: above their annotations, below what is detected."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    items = [dataset[i] for i in range(min(number, len(dataset)))]
+    found = detect(model.eval(), [image for image, *_ in items], device)
+    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
+    axes = figure.subplots(2, len(items), squeeze=False)
+    for (image, boxes, labels, _), seen, (above, below) in zip(items, found, axes.T):
+        sure = seen["scores"] >= threshold
+        for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
+                                          (below, *(seen[k][sure] for k in ("boxes", "labels", "scores")))):
+            ax.imshow(image.permute(1, 2, 0))
+            ax.set_axis_off()
+            for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
+                colour = f"C{label % 10}"
+                ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=2))
+                name = dataset.classes[label] + ("" if score is None else f" {score:.2f}")
+                ax.text(x1, y1, name, fontsize=8, color="white", va="bottom",
+                        bbox=dict(facecolor=colour, edgecolor="none", pad=1))
+    figure.suptitle(f"above: annotations; below: detections with a score of at least {threshold}")
+    figure.savefig(path, dpi=80)
+
+
+# ------------------------------------------------------------------------------------------ training
+
+
+def train(args, device):
+    """Fine-tune and evaluate as ``args`` say; the run's folder holds everything that comes of it."""
+    if args.dataset == "scenes":
+        train_set, test_set = LabelledScenes(args.train_scenes, 1), LabelledScenes(args.test_scenes, 2)
+    elif args.data is None:
+        raise InputError("--dataset voc needs --data, a folder in VOC layout")
+    else:
+        train_set, test_set = (VOC(args.data, split, args.classes)
+                               for split in (args.train_split, args.test_split))
+    if args.batch_size % world_size():
+        raise InputError(f"batch size {args.batch_size} does not divide over {world_size()} processes")
+    if len(train_set) < args.batch_size:
+        raise InputError(f"batch size {args.batch_size} is more than all {len(train_set)} images")
+
+    torch.manual_seed(args.seed)
+    model = build_detector(args.arch, len(train_set.classes), args.fpn_channels, args.min_size,
+                           args.max_size, args.anchor_size, args.rois, args.weights).to(device)
+    if world_size() > 1 and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    base_lr = args.lr * args.batch_size / 16
+    optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9,
+                                weight_decay=args.weight_decay)
+    run = Run(args, "finetune_fasterrcnn", train_set, args.iterations,
+              len(train_set) // args.batch_size, dict(model=model, optimizer=optimizer))
+
+    loader = load_batches(train_set, training_item, args.batch_size, range(run.step, run.steps),
+                          args.seed, args.workers, collate_fn=list)
+    model.train()
+    for step, batch in zip(range(run.step, run.steps), loader):
+        torch.manual_seed(seed_for(args.seed, step, rank()))  # RPN and box head sample at random
+        images = [image.to(device, non_blocking=True).float() / 255 for image, _ in batch]
+        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for _, t in batch]
+        lr = learning_rate(step, base_lr, args.warmup, args.drops)
+        optimizer.param_groups[0]["lr"] = lr
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            losses = ddp(images, targets)  # of the RPN and of the box head
+        loss = sum(losses.values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        run.end_step(loss, lr, **losses)
+
+    ap = evaluate(model, test_set, args, device, run)
+    if rank() == 0:
+        ap["per_class"] = {test_set.classes[label]: value for label, value in ap["per_class"].items()}
+        (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
+        draw_detections(model, test_set, device, run.out / "detections.png")
+    run.say("  ".join(f"{k} {100 * v:.2f}" for k, v in ap.items() if k != "per_class"))
+    run.say("  ".join(f"{name} {100 * v:.1f}" for name, v in ap["per_class"].items()))
+
+
+def main(argv=None):
+    """The command."""
+    launch(train, parse_args(argv))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""A synthetic toy data set with boxes, drawn from (seed, index) alone: nothing to download.
+
+1 to 5 textured, rotated shapes a scene; only its outline tells a shape's class.
+
+    python scenes.py --out scenes.png    # a contact sheet, and the speed of drawing
+"""
+import argparse
+import math
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.utils import draw_bounding_boxes, save_image
+
+SHAPES = {  # radius in sides, area in side**2, wedges, their bounds: a u + b v < c is inside
+    "disc": (0.5, 0.785, 99, [(1, 0, 1)]),
+    "square": (0.63, 0.794, 4, [(1, 0, 0.707)]),
+    "triangle": (0.64, 0.532, 3, [(1, 0, 0.5)]),
+    "star": (0.6, 0.476, 5, [(0.384, 0.923, 0.384)]),
+    "cross": (0.55, 0.556, 4, [(1, 0, 0.96), (0, 1, 0.28)]),
+    "ring": (0.53, 0.662, 99, [(1, 0, 1), (-1, 0, -0.5)]),
+}
+CLASSES = tuple(SHAPES)
+
+
+def signed_distance(label, x, y, side, turn):
+    """Pixels from the points (x, y) to the outline of a shape around (0, 0); negative inside."""
+    radius, _, wedges, bounds = SHAPES[CLASSES[label]]
+    r, wedge = np.hypot(x, y) / (radius * side), 2 * math.pi / wedges
+    angle = np.abs((np.arctan2(y, x) + turn) % wedge - wedge / 2)  # all folded onto half a wedge
+    u, v = r * np.cos(angle), r * np.sin(angle)
+    return radius * side * np.max([a * u + b * v - c for a, b, c in bounds], axis=0)
+
+
+def texture(rng, x, y, size, behind):
+    """Stripes, checks or dots (3, h, w) at columns x (w,), rows y (h, 1), unlike `behind`, (3,)."""
+    kind, (angle, phase) = rng.integers(3), rng.uniform(0, 2 * math.pi, 2).tolist()
+    period = max(4, size * 10 ** rng.uniform(-1.4, (-0.2, -0.9, -0.9)[kind]))  # pixels
+    c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
+    u, v = np.sin(c * x + s * y + phase), np.sin(c * y - s * x)
+    pattern = rng.uniform(0.5, max(1, period / 6)) * (u, u * v, u + v - 0.7)[kind]  # soft or sharp
+    pairs = rng.random((50, 2, 3), dtype=np.float32)  # two colours: the first pair of which
+    colours = np.concatenate([pairs, pairs.mean(axis=1, keepdims=True)], axis=1)  # no mixture is
+    contrast = np.linalg.norm(colours - behind, axis=2).min(axis=1)  # like what is behind
+    one, two = pairs[np.argmax(contrast > 0.45), :, :, None, None]
+    return one + (two - one) * np.clip(0.5 + pattern, 0, 1)
+
+
+def draw(size, seed, index):
+    """A scene: image (3, size, size) uint8, boxes (n, 4) float, labels (n,) int64, 1 <= n <= 5.
+
+    Boxes are x1 y1 x2 y2 in pixels, x2 y2 exclusive, tight to what is seen: the pixels that the
+    shape covers at least half and no later shape does. At least half of each shape is seen.
+    """
+    rng, at = np.random.default_rng([seed, index]), np.arange(size, dtype=np.float32)
+    cells = int(2 * 8 ** rng.random())  # 2 to 15
+    grid = torch.from_numpy(rng.random((1, 3, cells, cells), dtype=np.float32))
+    image = F.interpolate(grid, (size, size), mode="bicubic")[0].numpy()  # blurred colours
+    pattern = texture(rng, at, at[:, None], size, image.mean(axis=(1, 2)))
+    image += rng.uniform(0.2, 0.6) * (pattern - image)
+    top, labels, areas = np.zeros((size, size), dtype=np.int64), [], []  # top: 1 + shape, or 0
+    for label in rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist():
+        side = max(8, size * rng.uniform(0.15**0.5, 0.5**0.5) ** 2)  # small ones more often
+        reach, area = SHAPES[CLASSES[label]][0] * side + 2, SHAPES[CLASSES[label]][1] * side**2
+        for _ in range(20):  # places; the first shape always finds one
+            cx, cy = rng.uniform(0.33 * side, size - 0.33 * side, 2).tolist()
+            near = [slice(max(0, int(c - reach)), int(c + reach)) for c in (cy, cx)]
+            y, x, turn = at[near[0], None], at[near[1]], rng.uniform(0, 2 * math.pi)
+            distance = signed_distance(label, x + (0.5 - cx), y + (0.5 - cy), side, turn)
+            trial = top.copy()
+            trial[*near][distance <= 0] = len(labels) + 1
+            seen = np.bincount(trial.ravel(), minlength=len(labels) + 2)[1:]
+            if all(2 * seen >= [*areas, area]):
+                canvas = image[:, *near]
+                colour = texture(rng, x, y, size, canvas[:, distance <= 0].mean(axis=1))
+                canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)  # anti-aliased
+                top, labels, areas = trial, [*labels, label], [*areas, area]
+                break
+    noise = rng.uniform(0, 0.04) * rng.standard_normal(image.shape, dtype=np.float32)
+    image = np.uint8(255 * np.clip(rng.uniform(0.8, 1.15) * image + noise, 0, 1) + 0.5)
+    seen = [np.nonzero(top == i + 1) for i in range(len(labels))]  # (rows, columns) of each shape
+    boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in seen]
+    return torch.from_numpy(image), torch.tensor(boxes).float(), torch.tensor(labels)
+
+
+class Scenes(torch.utils.data.Dataset):
+    """`scenes[i]`: image (3, size, size) uint8; cache=True draws once, into shared memory."""
+
+    def __init__(self, n, size, seed, cache=False):
+        self.n, self.size, self.seed, self.cache = n, size, seed, cache
+        if cache:
+            self.images = torch.zeros(n, 3, size, size, dtype=torch.uint8).share_memory_()
+            self.objects = torch.zeros(n, 5, 5).share_memory_()  # x1 y1 x2 y2 label, then zeros
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.labelled(i)[0]
+
+    def labelled(self, i):
+        """What `draw` gives: image, boxes (n, 4), labels (n,)."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"scene {i} of {self.n}")
+        if not self.cache:
+            return draw(self.size, self.seed, i)
+        if not self.objects[i].any():
+            self.images[i], boxes, labels = draw(self.size, self.seed, i)
+            objects = torch.cat([boxes, labels[:, None]], dim=1)
+            self.objects[i] = F.pad(objects, (0, 0, 0, 5 - len(labels)))  # last: now it is drawn
+        objects = self.objects[i][self.objects[i, :, 2] > 0]
+        return self.images[i].clone(), objects[:, :4], objects[:, 4].long()
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw a contact sheet of the built-in scenes.")
+    parser.add_argument("--out", default="scenes.png", help="picture to write")
+    parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="which scenes")
+    args = parser.parse_args(argv)
+    start, tiles, zoom = time.perf_counter(), [], max(1, 200 // args.size)
+    scenes = [draw(args.size, args.seed, i) for i in range(96)]
+    print(f"{96 / (time.perf_counter() - start):.0f} images/s of {args.size} x {args.size} pixels")
+    for image, boxes, labels in scenes[:24]:
+        image = F.interpolate(image[None], scale_factor=zoom)[0]
+        tiles.append(draw_bounding_boxes(image, zoom * boxes, [CLASSES[k] for k in labels]) / 255)
+    save_image(tiles, args.out, nrow=6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""Puts the project's folder on the path, and gives the tests small image folders of their own."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+def make_photos(folder, number, size=(80, 60), seed=0):
+    """Smooth random colour JPEGs, (width, height) ``size``; no two are alike."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(number):
+        coarse = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.BICUBIC).save(folder / f"{i:04}.jpg", quality=95)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    return make_photos(tmp_path_factory.mktemp("photos"), 120)
+
+
+def command(*words, processes=0, **kwargs):
+    """Start one of the project's scripts as a user does: python, or torchrun with ``processes``."""
+    start = [sys.executable] if not processes else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone",
+        f"--nproc_per_node={processes}"]
+    # one thread each: a thread count that torchrun changes would change sums of floats too
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.Popen([*start, *map(str, words)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                            **kwargs)
+
+
+def run(*words, processes=0):
+    """The same, to its end: (exit status, stdout, stderr)."""
+    process = command(*words, processes=processes)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err

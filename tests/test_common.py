@@ -1,0 +1,513 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from conftest import make_photos
+from PIL import Image
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms import functional as TF
+
+import common
+from common import InputError
+
+
+# ------------------------------------------------------------------------------------------ images
+
+
+def test_image_files_finds_every_layout_sorted(tmp_path):
+    make_photos(tmp_path / "b" / "deep", 2)
+    make_photos(tmp_path / "a with space", 1)
+    Image.new("RGB", (5, 4)).save(tmp_path / "ünï.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    images = common.ImageFiles(str(tmp_path))
+    assert images.paths == sorted(images.paths) and len(images) == 4
+    assert images[0].shape == (3, 60, 80) and images[0].dtype == torch.uint8
+
+
+def test_image_files_follow_links_to_folders_elsewhere(tmp_path):
+    make_photos(tmp_path / "far", 2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far", target_is_directory=True)
+    assert len(common.ImageFiles(str(tmp_path / "data"))) == 2
+
+
+def test_every_kind_of_image_becomes_rgb_uint8(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png")
+    Image.fromarray(rgb).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "gray.png")
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    read = {p.name: common.read_image(p) for p in tmp_path.iterdir()}
+    assert all(x.shape == (3, 4, 6) and x.dtype == torch.uint8 for x in read.values())
+    expected = torch.from_numpy(rgb).permute(2, 0, 1)
+    assert torch.equal(read["rgb.png"], expected) and torch.equal(read["alpha.png"], expected)
+    assert torch.equal(read["gray.png"], expected[:1].expand(3, -1, -1))
+    assert torch.equal(read["deep.png"], expected[:1].expand(3, -1, -1))
+
+
+def test_a_broken_image_is_marked_and_replaced(tmp_path):
+    make_photos(tmp_path, 4)
+    whole = (tmp_path / "0001.jpg").read_bytes()
+    (tmp_path / "0001.jpg").write_bytes(whole[:len(whole) // 2])  # truncated
+    (tmp_path / "0002.jpg").write_text("a text")
+    images = common.ImageFiles(str(tmp_path))
+    assert torch.equal(images[1], images[3]) and torch.equal(images[2], images[3])
+    assert images.broken.tolist() == [False, True, True, False]
+    for i in (0, 3):
+        (tmp_path / f"000{i}.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 4 images"):
+        common.ImageFiles(str(tmp_path))[0]
+
+
+def test_no_folder_and_no_images(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        common.ImageFiles(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="no images below"):
+        common.ImageFiles(str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+def coordinate_image(height, width):
+    """Channel 0 holds x, channel 1 holds y, of the pixel's centre."""
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+
+
+@pytest.mark.parametrize("height, width, size", [(200, 250, 32), (101, 64, 48), (40, 240, 16)])
+def test_crop_boxes_say_where_the_pixels_come_from(height, width, size):
+    image = coordinate_image(height, width)
+    torch.manual_seed(0)
+    flips, shares = 0, []
+    for _ in range(200):
+        view = common.random_resized_crop(image, size, scale=(0.2, 1.0))
+        assert view.pixels.shape == (3, size, size) and view.pixels.dtype == torch.uint8
+        x1, y1, x2, y2 = view.box.tolist()
+        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+        flips += view.flipped
+        shares.append((x2 - x1) * (y2 - y1) / (width * height))
+        x, y = view.pixels[0].float().mean(0), view.pixels[1].float().mean(1)  # (size,) each
+        x = x.flip(0) if view.flipped else x
+        inside = slice(2, -2)  # the resampling filter is cut off at the border
+        centres = (torch.arange(size) + 0.5) / size
+        assert (x - (x1 + centres * (x2 - x1) - 0.5)).abs()[inside].max() < 1.1
+        assert (y - (y1 + centres * (y2 - y1) - 0.5)).abs()[inside].max() < 1.1
+    assert 70 < flips < 130
+    if height * 2 > width:  # a long strip cannot give large crops of these ratios
+        assert min(shares) > 0.17 and max(shares) > 0.8
+
+
+def views_of(data, workers, steps=range(3, 9), seed=5):
+    def draw(image):
+        return (common.random_resized_crop(image, 16), common.random_resized_crop(image, 24))
+    return list(common.load_batches(data, draw, 8, steps, seed, workers))
+
+
+def test_views_depend_on_seed_epoch_and_image_alone(photos):
+    data = common.ImageFiles(str(photos))
+    data.paths = data.paths[:20]  # 2 batches of 8 an epoch: steps 3..8 cross epochs
+    zero = views_of(data, 0)
+    assert isinstance(zero[0][0], common.View) and zero[0][0].flipped.dtype == torch.bool
+    assert zero[0][1].pixels.shape == (8, 3, 24, 24) and zero[0][0].box.shape == (8, 4)
+    for workers in (1, 4):
+        for ours, theirs in zip(zero, views_of(data, workers)):
+            for a, b in zip(ours, theirs):
+                assert all(torch.equal(x, y) for x, y in zip(a, b))
+    later = views_of(data, 0, range(6, 9))  # resumed: the same steps
+    assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(zero[3:], later))
+    assert not torch.equal(zero[1][0].pixels, zero[3][0].pixels)  # another epoch
+    assert not torch.equal(zero[0][0].pixels, views_of(data, 0, seed=6)[0][0].pixels)
+
+
+def test_an_epoch_visits_images_once():
+    data = torch.arange(23)
+    steps = list(common.load_batches(data, lambda x: x, 5, range(8), 0, 0))
+    for epoch in (torch.cat(steps[:4]), torch.cat(steps[4:])):
+        assert len(epoch.unique()) == 20
+    assert not torch.equal(torch.cat(steps[:4]), torch.cat(steps[4:]))
+
+
+# ------------------------------------------------------------------------------------------ colour
+
+
+@pytest.mark.parametrize("ours, theirs, factors", [
+    (common.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (common.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (common.adjust_saturation, TF.adjust_saturation, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (common.adjust_hue, TF.adjust_hue, [-0.5, -0.1, 0.0, 0.07, 0.5])])
+def test_colour_operations_equal_torchvisions(ours, theirs, factors):
+    x = torch.rand(5, 3, 33, 20, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0] = x[:, :1, 0]  # grays, black, white and ties between channels
+    x[:, :, 1], x[:, :, 2] = 0, 1
+    x[:, 0, 3], x[:, 1, 4] = x[:, 1, 3], x[:, 2, 4]
+    got = ours(x, torch.tensor(factors))
+    for image, factor, result in zip(x, factors, got):
+        torch.testing.assert_close(result, theirs(image, factor), atol=2e-6, rtol=0)
+
+
+def test_blur_equals_torchvisions():
+    x = torch.rand(4, 3, 30, 21, generator=torch.Generator().manual_seed(0))
+    sigmas = [0.1, 0.5, 1.3, 2.0]
+    got = common.gaussian_blur(x, torch.tensor(sigmas))
+    for image, sigma, result in zip(x, sigmas, got):
+        expected = TF.gaussian_blur(image, [13, 13], [sigma, sigma])
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+def denormalised(x):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.IMAGENET_MEAN, common.IMAGENET_STD))
+    return x * std + mean
+
+
+def test_photometric_without_chances_only_normalises():
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    x = common.photometric(pixels, p_jitter=0, p_gray=0, p_blur=0)
+    assert x.dtype == torch.float32
+    expected = TF.normalize(pixels / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
+    torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+
+
+def test_photometric_chances_and_strengths_are_each_images_own():
+    torch.manual_seed(0)
+    one = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(400, -1, -1, -1)
+    plain = one[0] / 255
+
+    def changed(**chances):
+        x = denormalised(common.photometric(one, **{**dict(p_jitter=0, p_gray=0, p_blur=0), **chances}))
+        return x, (x - plain).abs().amax((1, 2, 3)) > 1e-3
+
+    x, hit = changed(p_jitter=0.8)
+    assert 280 < hit.sum() < 360
+    assert len({round(v, 5) for v in x[hit].mean((1, 2, 3)).tolist()}) > 0.9 * int(hit.sum())
+    x, hit = changed(p_gray=0.2)
+    assert 50 < hit.sum() < 115
+    assert (x[hit] - x[hit][:, :1]).abs().max() < 1e-5
+    torch.testing.assert_close(x[hit][0, 0], TF.rgb_to_grayscale(plain)[0], atol=1e-5, rtol=0)
+    x, hit = changed(p_blur=0.5)
+    spread = x.flatten(1).std(1)
+    assert 150 < hit.sum() < 240 and spread[hit].std() > 0.01  # sigmas differ
+    x, hit = changed(p_solarize=0.2)
+    assert 50 < hit.sum() < 115
+    torch.testing.assert_close(x[hit][0], TF.solarize(plain, 0.5), atol=1e-5, rtol=0)
+
+
+def test_photometric_strengths_stay_in_their_ranges():
+    torch.manual_seed(0)
+    flat = torch.full((500, 3, 8, 8), 100, dtype=torch.uint8)
+    off = dict(p_gray=0, p_blur=0, p_jitter=1)
+    bright = denormalised(common.photometric(flat, jitter=(0.4, 0, 0, 0), **off)).mean((1, 2, 3)) * 2.55
+    assert 0.59 < bright.min() < 0.63 and 1.37 < bright.max() < 1.41
+    assert abs(bright.mean() - 1) < 0.03
+    red = flat * torch.tensor([1, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+    hue = denormalised(common.photometric(red, jitter=(0, 0, 0, 0.1), **off))[:, :, 0, 0]  # (500, 3)
+    shift = (hue[:, 1] - hue[:, 2]) * 2.55 / 6  # 100 to 1 of a sixth of the circle
+    assert -0.101 < shift.min() < -0.09 and 0.09 < shift.max() < 0.101
+
+
+def test_photometric_order_varies_with_the_batch():
+    pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
+    calls = []
+    originals = {n: getattr(common, n) for n in ("adjust_brightness", "adjust_contrast", "adjust_hue")}
+    try:
+        for name, function in originals.items():
+            setattr(common, name, lambda *a, n=name, f=function: (calls.append(n), f(*a))[1])
+        for seed in range(20):
+            torch.manual_seed(seed)
+            common.photometric(pixels)
+    finally:
+        for name, function in originals.items():
+            setattr(common, name, function)
+    assert len({tuple(calls[i:i + 3]) for i in range(0, 60, 3)}) == 6
+
+
+# ---------------------------------------------------------------------------------------- backbone
+
+
+@pytest.mark.parametrize("arch, channels", [("resnet18", [64, 128, 256, 512]),
+                                            ("resnet50", [256, 512, 1024, 2048])])
+def test_stages_equal_torchvisions_resnet(arch, channels):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(arch, weights=None).eval()
+    ours = common.resnet_stages(arch).eval()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours.load_state_dict(state)  # strict: the very names
+    x = torch.randn(2, 3, 64, 96)
+    stages = ours(x)
+    assert [s.shape for s in stages] == [(2, c, 64 // s, 96 // s)
+                                         for c, s in zip(channels, (4, 8, 16, 32))]
+    assert ours.channels == channels
+    torch.testing.assert_close(theirs.fc(stages[-1].mean((2, 3))), theirs(x))
+    with pytest.raises(InputError, match="unknown architecture"):
+        common.resnet_stages("resnet19")
+
+
+def test_split_batch_norm_equals_one_module_a_group():
+    torch.manual_seed(0)
+    x = torch.randn(12, 5, 4, 4, requires_grad=True)
+    weights = torch.randn(12, 5, 4, 4)
+    split = common.SplitBatchNorm(5, groups=3)
+    nn.init.normal_(split.weight), nn.init.normal_(split.bias)
+    parts = [nn.BatchNorm2d(5) for _ in range(3)]
+    for part in parts:
+        part.load_state_dict(split.state_dict())
+    y = split(x)
+    got = torch.autograd.grad((y * weights).sum(), [x, split.weight, split.bias])
+    expected = torch.cat([part(x[4 * i:4 * i + 4]) for i, part in enumerate(parts)])
+    torch.testing.assert_close(y, expected)
+    own = torch.autograd.grad((expected * weights).sum(),
+                              [x, *(p.weight for p in parts), *(p.bias for p in parts)])
+    for a, b in zip(got, (own[0], sum(own[1:4]), sum(own[4:]))):
+        torch.testing.assert_close(a, b)
+    for name in ("running_mean", "running_var"):
+        mean = torch.stack([getattr(part, name) for part in parts]).mean(0)
+        torch.testing.assert_close(getattr(split, name), mean)
+    assert split.num_batches_tracked == 1
+    plain = nn.BatchNorm2d(5)
+    plain.load_state_dict(split.state_dict())
+    torch.testing.assert_close(split.eval()(x), plain.eval()(x))
+    with pytest.raises(InputError, match="3 .* 10"):
+        split.train()(x[:10])
+
+
+def test_batch_norm_groups_name_both_numbers():
+    assert common.batch_norm_groups(8, 256) == 8
+    with pytest.raises(InputError, match="100 .* 8"):
+        common.batch_norm_groups(8, 100)
+
+
+# ---------------------------------------------------------------------------------------- contrast
+
+
+def unit(*shape, seed=0, dtype=torch.float32):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype),
+                       dim=1)
+
+
+def literal_info_nce(q, k, negatives, tau):
+    """Loss and its gradient to q, from the equation, one float at a time."""
+    total, gradient = 0.0, np.zeros(q.shape)
+    q, k, negatives = (x.double().numpy() for x in (q, k, negatives))
+    for i in range(len(q)):
+        scores = [math.exp(sum(a * b for a, b in zip(q[i], k[i])) / tau)]
+        for n in negatives:
+            scores.append(math.exp(sum(a * b for a, b in zip(q[i], n)) / tau))
+        total += -math.log(scores[0] / sum(scores))
+        for vector, score in zip([k[i], *negatives], scores):
+            gradient[i] += score / sum(scores) * vector / tau / len(q)
+        gradient[i] -= k[i] / tau / len(q)
+    return total / len(q), gradient
+
+
+@pytest.mark.parametrize("chunk", [None, 1, 3, 7, 100])
+@pytest.mark.parametrize("tau", [0.07, 0.2])
+def test_info_nce_equals_a_literal_loop(chunk, tau):
+    q, k, negatives = unit(7, 5), unit(7, 5, seed=1), unit(11, 5, seed=2)
+    q.requires_grad_()
+    loss = common.info_nce(q, k, negatives, tau, chunk=chunk)
+    assert loss.shape == () and loss.dtype == torch.float32
+    expected, gradient = literal_info_nce(q.detach(), k, negatives, tau)
+    assert loss.item() == pytest.approx(expected, abs=1e-5)
+    got, = torch.autograd.grad(3 * loss, q)
+    np.testing.assert_allclose(got.numpy(), 3 * gradient, atol=1e-5)
+
+
+def test_info_nce_by_hand():
+    q = torch.tensor([[1.0, 0.0]])
+    # exp(1) against exp(1) + exp(0) + exp(-1)
+    loss = common.info_nce(q, q, torch.tensor([[0.0, 1.0], [-1.0, 0.0]]), tau=1.0)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1 + 1 / math.e)), abs=1e-6)
+    assert common.info_nce(q[:0], q[:0], q, tau=1.0).item() == 0
+
+
+def test_info_nce_is_float32_under_autocast_and_for_bfloat16():
+    q, k, negatives = unit(6, 8), unit(6, 8, seed=1), unit(9, 8, seed=2)
+    plain = common.info_nce(q, k, negatives, 0.2)
+    for chunk in (None, 2):
+        with torch.autocast("cpu", torch.bfloat16):
+            mixed = common.info_nce(q, k, negatives, 0.2, chunk=chunk)
+        torch.testing.assert_close(mixed, plain)
+    assert common.info_nce(q.bfloat16(), k.bfloat16(), negatives, 0.2).dtype == torch.float32
+
+
+def test_info_nce_memory_does_not_grow_with_rows():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for t in out if isinstance(out, (list, tuple)) else [out]:
+                if torch.is_tensor(t):
+                    self.numel = max(self.numel, t.numel())
+            return out
+
+    q, k, negatives = unit(512, 4).requires_grad_(), unit(512, 4, seed=1), unit(300, 4, seed=2)
+    kept = []
+
+    def pack(x):
+        kept.append(x.numel())
+        return x
+
+    with Largest() as seen, torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        common.info_nce(q, k, negatives, 0.2, chunk=16).backward()
+    assert seen.numel == 16 * 300  # never 512 * 300
+    assert max(kept) < 16 * 300
+
+
+def test_queue_is_first_in_first_out_and_wraps():
+    torch.manual_seed(0)
+    queue = common.Queue(7, 3)
+    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(7))
+    rows, start = list(queue.keys.clone()), 0
+    for n in (3, 3, 3, 7, 1, 5, 0, 7, 2):
+        keys = unit(n, 3, seed=n)
+        queue.push(keys)
+        for key in keys:
+            rows[start % 7] = key
+            start += 1
+        assert torch.equal(queue.keys, torch.stack(rows))
+        assert queue.oldest == start % 7
+    with pytest.raises(InputError, match="8 .* 7"):
+        queue.push(unit(8, 3))
+    assert [name for name, _ in queue.named_buffers()] == ["keys", "oldest"]
+    assert not list(queue.parameters())
+
+
+def test_momentum_update_by_hand_and_through_the_output():
+    torch.manual_seed(0)
+    online, x = common.mlp(4, 6, 3), torch.randn(5, 4)
+    target = copy.deepcopy(online).requires_grad_(False)
+    before = target(x)
+    with torch.no_grad():
+        for p in online.parameters():
+            p.add_(torch.randn_like(p))
+    expected = [0.9 * t + (1 - 0.9) * o for t, o in zip(target.parameters(), online.parameters())]
+    kept = [p.clone() for p in online.parameters()]
+    common.momentum_update(online, target, 0.9)
+    for p, e in zip(target.parameters(), expected):
+        torch.testing.assert_close(p, e)
+    assert all(torch.equal(a, b) for a, b in zip(online.parameters(), kept))
+    assert (target(x) - before).abs().max() > 1e-3
+
+
+def test_shuffled_gives_each_image_its_own_key_from_another_group():
+    torch.manual_seed(0)
+    images = torch.arange(16.0).view(16, 1, 1, 1)
+    seen = []
+
+    def encoder(x):
+        seen.append(x.flatten().tolist())
+        return x * 2
+
+    assert torch.equal(common.shuffled(encoder, images), images * 2)
+    assert sorted(seen[0]) == list(range(16)) and seen[0] != list(range(16))
+    first, second = common.shuffled(lambda x: [x + 1, x[:, 0]], images)
+    assert torch.equal(first, images + 1) and torch.equal(second, images[:, 0])
+
+
+def test_contrast_statistics_by_hand():
+    q = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    k = torch.tensor([[0.6, 0.8], [0.0, 1.0]])
+    found = common.contrast_statistics(q, k, torch.tensor([[0.8, 0.6], [-1.0, 0.0]]))
+    # similarities to keys 0.6 and 1; to negatives (0.8, -1) and (0.6, 0)
+    assert found["accuracy"] == 0.5
+    assert found["similarity_positive"].item() == pytest.approx(0.8)
+    assert found["similarity_negative"].item() == pytest.approx(0.1)
+    assert found["deviation"].item() == pytest.approx(0.5 ** 0.5)
+
+
+# ------------------------------------------------------------------------- checkpoints and backbones
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("prefix, nested", [
+    ("", None), ("module.encoder_q.", "state_dict"), ("module.encoder.", "model"), ("module.", None)])
+def test_load_backbone_under_any_prefix(tmp_path, capsys, prefix, nested):
+    torch.manual_seed(0)
+    source = torchvision.models.resnet18()
+    state = {prefix + k: v for k, v in source.state_dict().items()}
+    state["other"] = torch.zeros(2)
+    torch.save({nested: state} if nested else state, tmp_path / "file.pt")
+    stages = common.resnet_stages("resnet18", common.SplitBatchNorm)
+    common.load_backbone(stages, tmp_path / "file.pt")
+    assert equal(stages.state_dict(), {k: v for k, v in source.state_dict().items()
+                                       if not k.startswith("fc.")})
+    assert "120 tensors loaded" in capsys.readouterr().out
+
+
+def test_load_backbone_takes_the_trained_of_two(tmp_path):
+    a, b = torchvision.models.resnet18(), torchvision.models.resnet18()
+    torch.save({**{f"encoder_q.{k}": v for k, v in a.state_dict().items()},
+                **{f"encoder_k.{k}": v for k, v in b.state_dict().items()}}, tmp_path / "file.pt")
+    stages = common.resnet_stages("resnet18")
+    common.load_backbone(stages, tmp_path / "file.pt")
+    assert torch.equal(stages.conv1.weight, a.conv1.weight)
+
+
+def test_load_backbone_refuses_what_does_not_fit(tmp_path):
+    stages, path = common.resnet_stages("resnet18"), tmp_path / "file.pt"
+    before = copy.deepcopy(stages.state_dict())
+    for state, message in [
+            ({"fc.weight": torch.zeros(2)}, "holds no ResNet"),
+            ([1, 2], "holds no ResNet"),
+            (torchvision.models.resnet50().state_dict(), "another architecture"),
+            ({k: v for k, v in stages.state_dict().items() if k != "layer4.1.bn2.weight"},
+             "layer4.1.bn2.weight is missing")]:
+        torch.save(state, path)
+        with pytest.raises(InputError, match=message):
+            common.load_backbone(stages, path)
+    path.write_bytes(b"not a checkpoint")
+    with pytest.raises(InputError, match="cannot be read|can be read safely"):
+        common.load_backbone(stages, path)
+    with pytest.raises(InputError, match="no such file"):
+        common.load_backbone(stages, tmp_path / "none.pt")
+    assert equal(before, stages.state_dict())
+
+
+def test_export_gives_torchvision_a_file_it_loads(tmp_path):
+    stages = common.resnet_stages("resnet18", lambda c: common.SplitBatchNorm(c, groups=2))
+    stages.train()(torch.randn(4, 3, 32, 32))  # statistics move
+    stages.to(memory_format=torch.channels_last)
+    common.export_backbone(stages, tmp_path / "backbone.pt")
+    resnet = torchvision.models.resnet18()
+    state = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    found = resnet.load_state_dict(state, strict=False)
+    assert found.missing_keys == ["fc.weight", "fc.bias"] and not found.unexpected_keys
+    x = torch.randn(2, 3, 32, 32)
+    resnet.fc = nn.Identity()
+    torch.testing.assert_close(resnet.eval()(x), stages.eval()(x)[-1].mean((2, 3)))
+
+
+def test_a_pickle_that_would_run_code_does_not(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / "written"), "w")
+
+    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(InputError, match="read safely"):
+        common.load_checkpoint(tmp_path / "evil.pt")
+    assert not (tmp_path / "written").exists()
+
+
+def test_save_checkpoint_is_whole_or_not_at_all(tmp_path):
+    common.save_checkpoint(tmp_path / "c.pt", step=1)
+
+    class Fails:
+        def __reduce__(self):
+            raise RuntimeError("disk full")
+
+    with pytest.raises(RuntimeError):
+        common.save_checkpoint(tmp_path / "c.pt", step=2, bad=Fails())
+    assert common.load_checkpoint(tmp_path / "c.pt") == {"step": 1}
