@@ -1,4 +1,4 @@
-"""What the methods share and no paper claims: images and views, backbone stages, processes and runs;
+"""What the methods share and no paper claims: images and views, backbone stages, processes, runs;
 and what three of them use to the letter: queue, InfoNCE, momentum update, shuffling BN.
 
 Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss.
@@ -25,10 +25,10 @@ from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".ppm", ".tif", ".tiff", ".webp")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -77,9 +77,9 @@ class ImageFiles(Dataset):
             seen.add(os.path.realpath(folder))
             below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
             self.paths += [os.path.join(folder, f) for f in files
-                           if f.lower().endswith(IMAGE_ENDINGS)]
+                           if f.lower().endswith(IMG_EXTENSIONS)]
         if not self.paths:
-            raise InputError(f"no images below {root} (looked for {' '.join(IMAGE_ENDINGS)})")
+            raise InputError(f"no images below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
         self.paths.sort()
         self.broken = torch.zeros(len(self.paths), dtype=torch.bool).share_memory_()
 
@@ -92,7 +92,7 @@ class ImageFiles(Dataset):
             if not self.broken[i]:
                 try:
                     return read_image(self.paths[i])
-                except Exception:  # decoders raise OSError, SyntaxError, ValueError, struct.error ...
+                except Exception:  # decoders raise OSError, SyntaxError, ValueError, ...
                     self.broken[i] = True
         raise InputError(f"none of the {len(self)} images can be decoded")
 
@@ -110,7 +110,7 @@ def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 class _Drawn(Dataset):
-    """Item (epoch, index): ``draw(data[index])``, its random numbers from (seed, epoch, index) alone."""
+    """Item (epoch, index): ``draw(data[index])``, seeded by (seed, epoch, index) alone."""
 
     def __init__(self, data, draw, seed):
         self.data, self.draw, self.seed = data, draw, seed
@@ -121,10 +121,18 @@ class _Drawn(Dataset):
         return self.draw(self.data[index])
 
 
-def ignore_signals(_worker=None):
-    """For a loading process: it leaves when its parent does, not when Ctrl-C reaches both."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def leave_group(_worker=None):
+    """For a loading process: Ctrl-C then reaches the training process alone, which ends it."""
+    os.setpgrp()
+
+
+def steps_per_epoch(data, batch_size):
+    """The number of whole batches in ``data``.  InputError: none, or no equal shares of one."""
+    if batch_size % world_size():
+        raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
+    if len(data) < batch_size:
+        raise InputError(f"batch size {batch_size} is more than all {len(data)} images")
+    return len(data) // batch_size
 
 
 def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
@@ -132,9 +140,9 @@ def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
 
     draw: an item of ``data`` -> what goes into a batch, such as an image's views; batch_size is
     global.  A step's batch depends on (seed, step) alone, whatever step comes first and however
-    many workers there are.  Images that do not fill a batch are left out of an epoch, others in each.
+    many workers there are.  An epoch leaves out the images that do not fill a batch.
     """
-    per_epoch, mine = len(data) // batch_size, batch_size // world_size()
+    per_epoch, mine = steps_per_epoch(data, batch_size), batch_size // world_size()
 
     def batches():
         for step in steps:
@@ -145,7 +153,7 @@ def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
             yield [(epoch, int(i)) for i in order[start:start + mine]]
 
     return DataLoader(_Drawn(data, draw, seed), batch_sampler=batches(), num_workers=workers,
-                      collate_fn=collate_fn, worker_init_fn=ignore_signals,
+                      collate_fn=collate_fn, worker_init_fn=leave_group,
                       pin_memory=torch.cuda.is_available())
 
 
@@ -234,7 +242,8 @@ def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p
     if p_solarize:
         solarized = chosen(p_solarize).to(device).view(-1, 1, 1, 1)
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
-    return (x - x.new_tensor(IMAGENET_MEAN).view(3, 1, 1)) / x.new_tensor(IMAGENET_STD).view(3, 1, 1)
+    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return (x - mean) / std
 
 
 # ------------------------------------------------------------------------------- backbone and heads
@@ -258,7 +267,7 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) % self.groups:
             raise InputError(f"{self.groups} batch norm groups do not divide a batch of {len(x)}")
         self.num_batches_tracked += 1
-        means = self.running_mean.repeat(self.groups, 1)  # (groups, C), each updated by its own part
+        means = self.running_mean.repeat(self.groups, 1)  # (groups, C), one for each part
         variances = self.running_var.repeat(self.groups, 1)
         y = torch.cat([
             F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True,
@@ -270,20 +279,21 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
 
 def batch_norm_groups(bn_groups, batch_size):
-    """How many of ``bn_groups`` over the global batch are this process's.  InputError if none fit."""
-    if batch_size % world_size():
-        raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
+    """This process's share of ``bn_groups`` over the global batch.  InputError: no equal groups."""
     if bn_groups % world_size():
-        raise InputError(f"{bn_groups} batch norm groups do not divide over {world_size()} processes")
+        raise InputError(f"{bn_groups} batch norm groups do not divide over {world_size()} "
+                         "processes")
     if batch_size % bn_groups:
-        raise InputError(f"batch size {batch_size} does not divide into {bn_groups} batch norm groups")
+        raise InputError(f"batch size {batch_size} does not divide into {bn_groups} "
+                         "batch norm groups")
     return bn_groups // world_size()
 
 
 class ResNetStages(nn.Module):
     """torchvision's ResNet without its classifier, under the same parameter names.
 
-    (B, 3, H, W) -> [Res2, Res3, Res4, Res5]: (B, C_i, H/s, W/s), s = 4, 8, 16, 32, C_i = channels[i].
+    (B, 3, H, W) -> [Res2, Res3, Res4, Res5], (B, C_i, H/s, W/s) with s = 4, 8, 16, 32; C_i is
+    ``channels[i]``.
     """
 
     def __init__(self, resnet):
@@ -315,7 +325,7 @@ def mlp(c_in, hidden, c_out):
     return nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, c_out))
 
 
-# ------------------------------------------------------------------ contrast: InfoNCE, queue, momentum
+# --------------------------------------------------------------- contrast: InfoNCE, queue, momentum
 
 
 def info_nce(q, k, negatives, tau, chunk=None):
@@ -337,9 +347,9 @@ def info_nce(q, k, negatives, tau, chunk=None):
     chunk = chunk or max(1, 2 ** 25 // max(1, len(negatives)))
     if len(q) <= chunk:
         return summed(q, k) / max(1, len(q))
-    parts = zip(q.split(chunk), k.split(chunk))
-    total = sum(checkpoint(summed, *p, use_reentrant=False, preserve_rng_state=False) for p in parts)
-    return total / len(q)
+    sums = [checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(q.split(chunk), k.split(chunk))]
+    return sum(sums) / len(q)
 
 
 @torch.no_grad()
@@ -396,7 +406,7 @@ def shuffled(encoder, images):
     return [all_gather(o)[back] for o in out] if isinstance(out, list) else all_gather(out)[back]
 
 
-# ----------------------------------------------------------------------------------------- processes
+# --------------------------------------------------------------------------------------- processes
 
 
 def rank():
@@ -418,7 +428,7 @@ def setup():
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda and local >= torch.cuda.device_count():
-        raise InputError(f"{local + 1} processes need as many GPUs, not {torch.cuda.device_count()}")
+        raise InputError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local)
         torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one
@@ -440,16 +450,17 @@ def launch(train, args):
     try:
         train(args, setup())
     except (InputError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):
-            time.sleep(2)  # the first process of each machine speaks; torchrun then ends the others
-            sys.exit(1)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if int(os.environ.get("LOCAL_RANK", 0)):  # what all know the first one says; torchrun then
+            time.sleep(3)  # ends the others, and one that lives on has something of its own to say
         sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
     finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-# --------------------------------------------------------------------------- checkpoints and backbones
+# ------------------------------------------------------------------------ checkpoints and backbones
 
 
 def save_checkpoint(path, **state):
@@ -473,7 +484,7 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         reason = str(error).strip().split("\n")[0][:200]
-        raise InputError(f"{path} is not a file of tensors that can be read safely: {reason}") from None
+        raise InputError(f"{path} holds no tensors that can be read safely: {reason}") from None
 
 
 def export_backbone(stages, path):
@@ -497,7 +508,7 @@ def load_backbone(stages, path):
     prefix = next((n[:-len("conv1.weight")] for n in names if n.endswith("conv1.weight")
                    and n[:-len("conv1.weight")] + "layer1.0.conv1.weight" in names), None)
     if prefix is None:
-        raise InputError(f"{path} holds no ResNet: no name in it ends in conv1.weight beside layer1")
+        raise InputError(f"{path} holds no ResNet: no conv1.weight and layer1 in it")
     found = {n[len(prefix):]: v for n, v in state.items() if n.startswith(prefix)}
     wanted = stages.state_dict()
     for name, tensor in wanted.items():
@@ -514,7 +525,7 @@ def load_backbone(stages, path):
               + (f" ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})" if left else ""))
 
 
-# ----------------------------------------------------------------------------------------------- runs
+# --------------------------------------------------------------------------------------------- runs
 
 
 def add_run_arguments(parser, out):
@@ -525,156 +536,70 @@ def add_run_arguments(parser, out):
                        help="loading processes for each training process (default %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of weights, views and batches")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.csv")
-    group.add_argument("--fresh", action="store_true", help="start over in a folder that holds a run")
+    group.add_argument("--fresh", action="store_true", help="start over in the folder of a run")
 
 
 class Run:
-    """The folder of a run, and what happens in it after every step.
+    """The folder of a run, and what happens there after every step.
 
     args: the command's; method: its name, kept in the checkpoint; images: the data set, whose
-    broken files are counted; save: name -> module or optimizer that a checkpoint must hold.
-    It resumes at once if the folder holds a checkpoint: ``step`` is the number of steps done.
-    Raises InputError: a checkpoint of another method or of other arguments.
+    broken files are counted; parts: name -> module or optimizer, all that a checkpoint must hold.
+    Goes on at once where the folder's checkpoint ends: ``step`` is the number of steps done.
+    Raises InputError: a checkpoint of another method, or of other arguments.
     """
 
-    FREE = ("out", "workers", "log_every", "fresh")  # arguments that may differ when a run goes on
+    FREE = ("out", "workers", "log_every", "fresh")  # arguments that may change when a run goes on
 
-    def __init__(self, args, method, images, steps, steps_per_epoch, save):
-        self.method, self.images, self.save_parts = method, images, save
+    def __init__(self, args, method, images, steps, steps_per_epoch, parts):
+        self.method, self.images, self.parts = method, images, parts
         self.steps, self.steps_per_epoch, self.log_every = steps, steps_per_epoch, args.log_every
+        self.args = {k: v for k, v in vars(args).items() if k not in self.FREE}
         self.out, self.batch_size, self.step = Path(args.out), args.batch_size, 0
-        self.fixed = {k: v for k, v in vars(args).items() if k not in self.FREE}
-        self.file, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
-        self.window, self.named, self.signal = [], set(), 0
+        self.checkpoint, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
+        self.window, self.broken, self.signal = [], set(), 0
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if args.fresh and rank() == 0:
-            for old in (self.file, self.table):
-                old.unlink(missing_ok=True)
+            self.checkpoint.unlink(missing_ok=True)
         if world_size() > 1:
             dist.barrier()
-        if self.file.exists():
+        if self.checkpoint.exists():
             self._resume()
-        elif rank() == 0:
-            self.table.unlink(missing_ok=True)
         if rank() == 0:
+            self._keep_rows()
             (self.out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note_signal)
+            signal.signal(number, lambda number, _frame: setattr(self, "signal", number))
         self.began = self.logged = (time.monotonic(), self.step)
         self.drawn = time.monotonic()
 
-    @property
-    def finished(self):
-        """Whether there is nothing left to do."""
-        return self.step >= self.steps
-
     def _resume(self):
-        state = load_checkpoint(self.file)
-        if not isinstance(state, dict) or state.get("method") != self.method:
-            of = state.get("method") if isinstance(state, dict) else None
-            raise InputError(f"{self.file} is a checkpoint of {of}, not of {self.method}")
-        old, new = state["args"], json.loads(json.dumps(self.fixed))
+        state = load_checkpoint(self.checkpoint)
+        method = state.get("method") if isinstance(state, dict) else None
+        if method != self.method:
+            raise InputError(f"{self.checkpoint} is a checkpoint of {method}, not of {self.method}")
+        old, new = state["args"], json.loads(json.dumps(self.args))
         other = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
                  if old.get(k) != new.get(k)]
         if other:
             raise InputError(f"{self.out} holds a run with other arguments: {', '.join(other)}; "
                              "give the same ones, another --out, or --fresh to start over")
-        for name, part in self.save_parts.items():
+        for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.step = state["step"]
-        if rank() == 0:
-            rows = [row for row in self._rows() if int(row["step"]) <= self.step]
-            self.table.unlink(missing_ok=True)
-            for row in rows:
-                self._write(row)
-            print(f"{self.out}: " + (f"finished, all {self.steps} steps are done; --fresh starts over"
-                                     if self.finished else f"going on after step {self.step}"))
+        self.say(f"{self.out}: going on after step {self.step}" if self.step < self.steps else
+                 f"{self.out}: finished, all {self.steps} steps are done; --fresh starts over")
 
-    def _note_signal(self, number, _frame):
-        self.signal = number
-
-    def stop_if_asked(self):
-        """After SIGTERM or Ctrl-C in any process: save in all, and leave with 128 + its number."""
-        number = torch.tensor(self.signal)
-        if world_size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
-        if number:
-            if self.step:
-                self._log()
-                self._save()
-            self.say(f"stopped by {signal.Signals(int(number)).name}; the same command goes on "
-                     f"after step {self.step}")
-            sys.exit(128 + int(number))
-
-    def end_step(self, loss, lr, **parts):
-        """Count a step; log it, save it or stop after it when one of these is due.
-
-        loss and parts: 0-dim tensors, read only when a line is logged; lr: a number.
-        """
-        self.step += 1
-        self.window.append(torch.stack([v.detach().float() for v in (loss, *parts.values())]))
-        self.names, self.lr = ("loss", *parts), lr
-        epoch_ends = self.step % self.steps_per_epoch == 0 or self.finished
-        if self.step % self.log_every == 0 or epoch_ends:
-            self._log()
-        if epoch_ends:
-            self._save()
-        if not self.finished:
-            self.stop_if_asked()
-
-    def _log(self):
-        if not self.window:
-            return
-        values = torch.stack(self.window)  # (steps since the last line, columns)
-        if world_size() > 1:
-            dist.all_reduce(values)
-            values /= world_size()
-        values, self.window = values.cpu(), []  # the only place where the loop waits for the device
-        wrong = (~values[:, 0].isfinite()).nonzero().flatten().tolist()
-        if wrong:
-            kept = f"{self.file} is the last good checkpoint" if self.file.exists() else "none saved"
-            raise InputError(f"the loss is not finite at step "
-                             f"{self.step - len(values) + 1 + wrong[0]}; {kept}")
-        self._report_broken()
-        now, (then, step_then), (start, step_start) = time.monotonic(), self.logged, self.began
-        self.logged = (now, self.step)
-        speed = (self.step - step_then) * self.batch_size / max(now - then, 1e-9)
-        left = (self.steps - self.step) * (now - start) / max(1, self.step - step_start)
-        row = dict(step=self.step, epoch=round(self.step / self.steps_per_epoch, 4),
-                   **dict(zip(self.names, values.mean(0).tolist())), lr=self.lr,
-                   images_per_s=round(speed, 1))
-        if rank() == 0:
+    def _keep_rows(self):
+        """Leave in log.csv what the checkpoint has seen: a killed run may have logged more."""
+        rows = []
+        if self.table.exists():
+            with open(self.table, newline="") as file:
+                rows = [r for r in csv.DictReader(file)
+                        if None not in r.values() and int(r["step"]) <= self.step]
+            self.table.unlink()
+        for row in rows:
             self._write(row)
-        shown = "  ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in row.items()
-                          if k not in ("step", "epoch", "images_per_s"))
-        self.say(f"epoch {math.ceil(row['epoch'])}/{math.ceil(self.steps / self.steps_per_epoch)}  "
-                 f"step {self.step}/{self.steps}  {shown}  {speed:.0f} images/s  "
-                 f"{left / 60:.1f} min left", rewrite=not self.finished)
-
-    def _report_broken(self):
-        flags = getattr(self.images, "broken", torch.zeros(0)).to(torch.uint8)
-        if world_size() > 1:
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken = flags.nonzero().flatten().tolist()
-        for i in broken:
-            if i not in self.named:
-                self.say(f"cannot decode {self.images.paths[i]}: another image stands in for it "
-                         f"({len(broken)} of {len(flags)} so far)")
-        self.named = set(broken)
-        if len(broken) > 0.01 * len(flags):
-            raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: more than 1%")
-
-    def _save(self):
-        if rank() == 0:
-            parts = {name: part.state_dict() for name, part in self.save_parts.items()}
-            save_checkpoint(self.file, method=self.method, args=self.fixed, step=self.step, **parts)
-            if self.finished or self.signal or time.monotonic() - self.drawn > 60:
-                draw_curves(self.table, self.out / "curves.png")
-                self.drawn = time.monotonic()
-
-    def _rows(self):
-        with open(self.table, newline="") as file:
-            return [row for row in csv.DictReader(file) if None not in row.values()]
 
     def _write(self, row):
         new = not self.table.exists()
@@ -688,12 +613,90 @@ class Run:
         """Print a line, once for all processes; on a terminal the next one may take its place."""
         if rank() == 0:
             terminal = sys.stdout.isatty()
-            clear = "\r\033[K" if terminal else ""
-            print(clear + text, end="" if rewrite and terminal else "\n", flush=True)
+            print(("\r\033[K" if terminal else "") + text,
+                  end="" if rewrite and terminal else "\n", flush=True)
+
+    def stop_if_asked(self):
+        """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number."""
+        if self.parent not in (None, os.getppid()):
+            os._exit(1)  # torchrun was killed, and cannot end its processes any more
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            if self.step:
+                self._log()
+                self._save(last=True)
+            self.say(f"stopped by {signal.Signals(int(number)).name}; the same command goes on "
+                     f"after step {self.step}")
+            sys.exit(128 + int(number))
+
+    def end_step(self, loss, lr, **parts):
+        """Count a step, then log it, save it or stop after it, if one of these is due.
+
+        loss and parts: 0-dim tensors, read only when a line is logged; lr: a number.
+        """
+        self.step += 1
+        self.window.append(torch.stack([v.detach().float() for v in (loss, *parts.values())]))
+        self.names, self.lr, done = ("loss", *parts), lr, self.step == self.steps
+        epoch_ends = done or self.step % self.steps_per_epoch == 0
+        if epoch_ends or self.step % self.log_every == 0:
+            self._log()
+        if epoch_ends:
+            self._save(last=done)
+        if not done:
+            self.stop_if_asked()
+
+    def _log(self):
+        if not self.window:
+            return
+        values = torch.stack(self.window)  # (steps since the last line, columns)
+        if world_size() > 1:
+            dist.all_reduce(values)
+            values /= world_size()
+        values, self.window = values.cpu(), []  # the only place where the loop waits for the device
+        wrong = (~values[:, 0].isfinite()).nonzero()
+        if len(wrong):
+            kept = f"{self.checkpoint} is the last good one" if self.checkpoint.exists() else "none"
+            step = self.step - len(values) + 1 + int(wrong[0])
+            raise InputError(f"the loss is not finite at step {step}; checkpoint: {kept}")
+        self._count_broken()
+        now, (then, step_then), (start, step_start) = time.monotonic(), self.logged, self.began
+        self.logged = (now, self.step)
+        speed = (self.step - step_then) * self.batch_size / (now - then)
+        left = (self.steps - self.step) * (now - start) / (self.step - step_start) / 60
+        row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
+        if rank() == 0:
+            epoch = round(self.step / self.steps_per_epoch, 4)
+            self._write(dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1)))
+        numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
+        self.say(f"epoch {math.ceil(self.step / self.steps_per_epoch)}/"
+                 f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "
+                 f"{numbers}  {speed:.0f} images/s  {left:.1f} min left", self.step < self.steps)
+
+    def _count_broken(self):
+        flags = getattr(self.images, "broken", torch.zeros(1)).to(torch.uint8)
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken = set(flags.nonzero().flatten().tolist())
+        for i in sorted(broken - self.broken):
+            self.say(f"cannot decode {self.images.paths[i]}: another image stands in for it "
+                     f"({len(broken)} of {len(flags)} so far)")
+        self.broken = broken
+        if len(broken) > 0.01 * len(flags):
+            raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: over 1%")
+
+    def _save(self, last=False):
+        if rank() == 0:
+            save_checkpoint(self.checkpoint, method=self.method, args=self.args, step=self.step,
+                            **{name: part.state_dict() for name, part in self.parts.items()})
+            if last or time.monotonic() - self.drawn > 60:
+                draw_curves(self.table, self.out / "curves.png")
+                self.drawn = time.monotonic()
 
 
 def draw_curves(table, path):
-    """Draw the columns of a log.csv over the epochs; those that share a first word share a panel."""
+    """Draw a log.csv's columns over the epochs; those of one first word share a panel."""
     from matplotlib.figure import Figure  # half a second that most processes never need
     with open(table, newline="") as file:
         rows = list(csv.DictReader(file))

@@ -32,8 +32,9 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from common import (InputError, Run, add_run_arguments, ignore_signals, launch, load_backbone,
-                    load_batches, rank, read_image, resnet_stages, seed_for, world_size)
+from common import (InputError, Run, add_run_arguments, launch, leave_group, load_backbone,
+                    load_batches, rank, read_image, resnet_stages, seed_for, steps_per_epoch,
+                    world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -47,7 +48,7 @@ def parse_args(argv=None):
     add("--data", help="folder in VOC layout, for --dataset voc")
     add("--train-split", default="trainval", help="a list in ImageSets/Main (default %(default)s)")
     add("--test-split", default="test", help="likewise (default %(default)s)")
-    add("--classes", nargs="+", default=VOC_CLASSES, help="names in the annotations (default: VOC's)")
+    add("--classes", nargs="+", default=VOC_CLASSES, help="names (default: VOC's 20)")
     add("--train-scenes", type=int, default=400, help="number of labelled built-in scenes")
     add("--test-scenes", type=int, default=300, help="number of built-in scenes to measure AP on")
     add = parser.add_argument_group("recipe").add_argument
@@ -57,7 +58,8 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=16, help="of all processes together")
     add("--lr", type=float, default=0.02, help="for each 16 images of the batch")
     add("--warmup", type=int, default=100, help="iterations of linear growth of the lr")
-    add("--drops", type=int, nargs="*", default=[18000, 22000], help="iterations where lr falls to a tenth")
+    add("--drops", type=int, nargs="*", default=[18000, 22000], 
+        help="iterations from which lr is a tenth")
     add("--weight-decay", type=float, default=1e-4)
     add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)),
         help="short side in pixels, drawn from these; the last one for testing")
@@ -72,7 +74,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-# ---------------------------------------------------------------------------------------------- data
+# -------------------------------------------------------------------------------------------- data
 # An item: image (3, H, W) uint8, boxes (n, 4) float x1 y1 x2 y2 in its pixels, labels (n,) from 0,
 # ignore (n,) bool.
 
@@ -105,7 +107,7 @@ class VOC(Dataset):
         folders = [os.path.join(root, below) for below in ("", "VOC2007", "VOCdevkit/VOC2007")]
         self.root = next((f for f in folders if os.path.isdir(f"{f}/ImageSets/Main")), None)
         if self.root is None:
-            raise InputError(f"{root} is not in VOC layout: no ImageSets/Main, nor VOCdevkit/VOC2007")
+            raise InputError(f"{root} is not in VOC layout: no ImageSets/Main or VOCdevkit/VOC2007")
         try:
             with open(f"{self.root}/ImageSets/Main/{split}.txt") as file:
                 self.names = [line.split()[0] for line in file if line.strip()]
@@ -158,12 +160,12 @@ def training_item(item):
     return image, dict(boxes=boxes[~ignore], labels=labels[~ignore] + 1)  # 0 is the background
 
 
-# ------------------------------------------------------------------------------------------ detector
+# ---------------------------------------------------------------------------------------- detector
 
 
 def build_detector(arch, num_classes, fpn_channels=256, min_size=(800,), max_size=1333,
                    anchor_size=32, rois=512, weights="none"):
-    """torchvision's Faster R-CNN on an FPN over Res2..Res5, batch norm in both, all of it trainable.
+    """torchvision's Faster R-CNN on an FPN over Res2..Res5; both with batch norm, all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none".
     In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
@@ -186,9 +188,121 @@ def learning_rate(step, base, warmup, drops):
     return base * grown * 0.1 ** sum(step >= drop for drop in drops)
 
 
-# ---------------------------------------------------------------------------------------- evaluation
+# -------------------------------------------------------------------------------------- evaluation
 
-# AP
+AP_IOUS = np.linspace(0.5, 0.95, 10)  # 0.50:0.05:0.95
+AP_RECALLS = np.linspace(0.0, 1.0, 101)
+AP_AREAS = np.array([[0, 1e10], [0, 32**2], [32**2, 96**2], [96**2, 1e10]])  # all, s, m, l
+AP_MAX_DETECTIONS = 100  # per image and class
+
+
+def _ap_arrays(image, extra, name):
+    """One image's dict as arrays: boxes (n, 4), labels (n,), and its ignore or scores (n,)."""
+    boxes = np.asarray(image["boxes"], dtype=np.float64)
+    boxes = boxes if boxes.size else np.zeros((0, 4))
+    labels = np.asarray(image["labels"], dtype=np.int64)
+    if extra == "ignore":
+        values = np.asarray(image.get("ignore", np.zeros(len(labels))), dtype=bool)
+    else:
+        values = np.asarray(image[extra], dtype=np.float64)
+    if labels.ndim != 1 or boxes.shape != (len(labels), 4) or values.shape != labels.shape:
+        raise ValueError(f"{name}: want boxes (n, 4), labels (n,), {extra} (n,) of one n, got "
+                         f"{boxes.shape}, {labels.shape}, {values.shape}")
+    return boxes, labels, values
+
+
+def _ap_match(truth, crowd, found):
+    """Match one image's detections of one class, best score first, to its truths of that class.
+
+    truth (n, 4), crowd (n,) bool, found (m, 4). Returns right and wrong, bool (4, 10, m), over
+    the 4 area ranges and 10 IoU thresholds (a detection that is neither does not count), and
+    the number of truths that count in each area range, (4,).
+    """
+    truth, crowd = truth[::-1], crowd[::-1]  # of equal IoUs COCO takes the last, argmax the first
+    size = np.minimum(found[:, None, 2:], truth[:, 2:]) - np.maximum(found[:, None, :2],
+                                                                     truth[:, :2])
+    inter = size.clip(min=0).prod(axis=2)  # (m, n)
+    truth_area = (truth[:, 2:] - truth[:, :2]).prod(axis=1)
+    found_area = (found[:, 2:] - found[:, :2]).prod(axis=1)
+    union = np.where(crowd, found_area[:, None], found_area[:, None] + truth_area - inter)
+    iou = np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)
+
+    low, high = AP_AREAS[:, :1], AP_AREAS[:, 1:]
+    ignored = crowd | (truth_area < low) | (truth_area > high)  # (4, n)
+    outside = (found_area < low) | (found_area > high)  # (4, m)
+    matched = np.zeros((len(AP_AREAS), len(AP_IOUS), len(found)), dtype=bool)
+    skipped = np.repeat(outside[:, None], len(AP_IOUS), axis=1)  # right for the unmatched
+    free = np.ones((len(AP_AREAS), len(AP_IOUS), len(truth)), dtype=bool)
+    for d in np.flatnonzero((iou >= AP_IOUS[0]).any(axis=1)):
+        fits = free & (iou[d] >= AP_IOUS[:, None])  # (4, 10, n)
+        counted = fits & ~ignored[:, None]  # a truth that counts goes before any ignored one
+        fits = np.where(counted.any(axis=2, keepdims=True), counted, fits)
+        best = np.where(fits, iou[d], -1).argmax(axis=2)
+        a, t = np.nonzero(fits.any(axis=2))
+        g = best[a, t]
+        matched[a, t, d] = True
+        skipped[a, t, d] = ignored[a, g]
+        free[a, t, g] = crowd[g]  # a crowd may be matched again
+    return matched & ~skipped, ~matched & ~skipped, (~ignored).sum(axis=1)
+
+
+def _ap_of_class(parts):
+    """AP (4, 10) of one class from (scores, right, wrong, count) of each image; nan: no truth."""
+    scores, right, wrong, counts = zip(*parts)
+    order = np.argsort(-np.concatenate(scores), kind="mergesort")  # ties keep the images' order
+    tp = np.concatenate(right, axis=2)[:, :, order].cumsum(axis=2)
+    fp = np.concatenate(wrong, axis=2)[:, :, order].cumsum(axis=2)
+    precision = tp / (tp + fp + np.spacing(1))
+    # Precision at recall r is the best precision at any recall >= r, and 0 past the last one.
+    precision = np.maximum.accumulate(precision[:, :, ::-1], axis=2)[:, :, ::-1]
+    precision = np.pad(precision, ((0, 0), (0, 0), (0, 1)))
+    ap = np.full(tp.shape[:2], np.nan)
+    for a, count in enumerate(sum(counts)):
+        for t in range(len(AP_IOUS) if count else 0):
+            at = np.searchsorted(tp[a, t] / count, AP_RECALLS, side="left")
+            ap[a, t] = precision[a, t, at].mean()
+    return ap
+
+
+def coco_ap(truths, detections):
+    """COCO's box average precision, as pycocotools' COCOeval("bbox") computes it.
+
+    truths: a list over images of dicts: boxes (n, 4), x1 y1 x2 y2 in pixels; labels (n,), any
+    integers; and, optional, ignore (n,) bool, COCO's iscrowd: a detection matched to such a box
+    is neither right nor wrong, many may match one box, and their IoU with it is intersection
+    over the detection's own area. detections: a list over the same images of dicts: boxes
+    (m, 4), labels (m,), scores (m,); the 100 best of each image and class count. Values are
+    arrays, CPU tensors or lists. Areas are the boxes', in pixels^2.
+
+    Returns a dict of floats in [0, 1]: AP (mean over IoU 0.50:0.05:0.95 and classes), AP50,
+    AP75, APs (area <= 32^2), APm (32^2 to 96^2), APl (>= 96^2), and per_class, label -> AP, for
+    every label seen. -1 where no truth counts; such classes are left out of the means.
+    Raises ValueError where the lists, or one image's boxes, labels and scores, differ in length.
+    Source: Lin et al. 2014 (arXiv:1405.0312), cocodataset.org/#detection-eval; cocoeval.py.
+    """
+    if len(truths) != len(detections):
+        raise ValueError(f"{len(truths)} images of truths, {len(detections)} of detections")
+    parts = {}  # label -> a list over images
+    for i, (truth, found) in enumerate(zip(truths, detections)):
+        truth_boxes, truth_labels, crowd = _ap_arrays(truth, "ignore", f"truths[{i}]")
+        boxes, labels, scores = _ap_arrays(found, "scores", f"detections[{i}]")
+        for label in np.union1d(truth_labels, labels).tolist():
+            own = truth_labels == label
+            top = np.flatnonzero(labels == label)
+            top = top[np.argsort(-scores[top], kind="mergesort")[:AP_MAX_DETECTIONS]]
+            match = _ap_match(truth_boxes[own], crowd[own], boxes[top])
+            parts.setdefault(label, []).append((scores[top], *match))
+
+    aps = {label: _ap_of_class(parts[label]) for label in sorted(parts)}
+    table = np.array(list(aps.values())).reshape(-1, len(AP_AREAS), len(AP_IOUS))
+
+    def mean(values):
+        values = values[~np.isnan(values)]
+        return float(values.mean()) if values.size else -1.0
+
+    return {"AP": mean(table[:, 0]), "AP50": mean(table[:, 0, 0]), "AP75": mean(table[:, 0, 5]),
+            "APs": mean(table[:, 1]), "APm": mean(table[:, 2]), "APl": mean(table[:, 3]),
+            "per_class": {label: mean(ap[0]) for label, ap in aps.items()}}
 
 
 @torch.no_grad()
@@ -205,7 +319,7 @@ def evaluate(model, dataset, args, device, run):
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
                for start in range(0, len(dataset), args.batch_size)]  # as many in every process
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
-                        worker_init_fn=ignore_signals)
+                        worker_init_fn=leave_group)
     mine = []
     model.eval()
     for indices, items in zip(batches, loader):
@@ -213,7 +327,6 @@ def evaluate(model, dataset, args, device, run):
         images = [image for image, *_ in items]
         truths = [dict(boxes=b, labels=l, ignore=i) for _, b, l, i in items]
         mine += zip(indices, truths, detect(model, images, device) if images else [])
-        run.say(f"detecting: {indices[-1] + 1 if indices else len(dataset)}/{len(dataset)}", True)
     everyone = [mine]
     if world_size() > 1:
         everyone = [None] * world_size()
@@ -231,9 +344,9 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
     figure = Figure((2.6 * len(items), 5.6), layout="constrained")
     axes = figure.subplots(2, len(items), squeeze=False)
     for (image, boxes, labels, _), seen, (above, below) in zip(items, found, axes.T):
-        sure = seen["scores"] >= threshold
+        sure = [seen[key][seen["scores"] >= threshold] for key in ("boxes", "labels", "scores")]
         for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
-                                          (below, *(seen[k][sure] for k in ("boxes", "labels", "scores")))):
+                                          (below, *sure)):
             ax.imshow(image.permute(1, 2, 0))
             ax.set_axis_off()
             for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
@@ -246,22 +359,20 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
     figure.savefig(path, dpi=80)
 
 
-# ------------------------------------------------------------------------------------------ training
+# ---------------------------------------------------------------------------------------- training
 
 
 def train(args, device):
-    """Fine-tune and evaluate as ``args`` say; the run's folder holds everything that comes of it."""
+    """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     if args.dataset == "scenes":
-        train_set, test_set = LabelledScenes(args.train_scenes, 1), LabelledScenes(args.test_scenes, 2)
+        train_set = LabelledScenes(args.train_scenes, seed=1)
+        test_set = LabelledScenes(args.test_scenes, seed=2)
     elif args.data is None:
         raise InputError("--dataset voc needs --data, a folder in VOC layout")
     else:
         train_set, test_set = (VOC(args.data, split, args.classes)
                                for split in (args.train_split, args.test_split))
-    if args.batch_size % world_size():
-        raise InputError(f"batch size {args.batch_size} does not divide over {world_size()} processes")
-    if len(train_set) < args.batch_size:
-        raise InputError(f"batch size {args.batch_size} is more than all {len(train_set)} images")
+    per_epoch = steps_per_epoch(train_set, args.batch_size)
 
     torch.manual_seed(args.seed)
     model = build_detector(args.arch, len(train_set.classes), args.fpn_channels, args.min_size,
@@ -273,7 +384,7 @@ def train(args, device):
     optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
     run = Run(args, "finetune_fasterrcnn", train_set, args.iterations,
-              len(train_set) // args.batch_size, dict(model=model, optimizer=optimizer))
+              per_epoch, dict(model=model, optimizer=optimizer))
 
     loader = load_batches(train_set, training_item, args.batch_size, range(run.step, run.steps),
                           args.seed, args.workers, collate_fn=list)
@@ -294,11 +405,11 @@ def train(args, device):
 
     ap = evaluate(model, test_set, args, device, run)
     if rank() == 0:
-        ap["per_class"] = {test_set.classes[label]: value for label, value in ap["per_class"].items()}
+        ap["per_class"] = {test_set.classes[label]: v for label, v in ap["per_class"].items()}
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
         draw_detections(model, test_set, device, run.out / "detections.png")
-    run.say("  ".join(f"{k} {100 * v:.2f}" for k, v in ap.items() if k != "per_class"))
-    run.say("  ".join(f"{name} {100 * v:.1f}" for name, v in ap["per_class"].items()))
+    for values in ({k: v for k, v in ap.items() if k != "per_class"}, ap["per_class"]):
+        run.say("  ".join(f"{k} {'n/a' if v < 0 else f'{100 * v:.2f}'}" for k, v in values.items()))
 
 
 def main(argv=None):

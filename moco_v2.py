@@ -22,9 +22,9 @@ Equations (of MoCo)
     Section 3.3, shuffling BN                                     common.shuffled
 
 Commands
-    python moco_v2.py                                             built-in scenes, a few minutes on a CPU
-    torchrun moco_v2.py --data DIR                                one GPU, the paper's recipe
-    torchrun --nproc_per_node=8 moco_v2.py --data DIR             eight GPUs, the same run
+    python moco_v2.py                                    built-in scenes, minutes on a CPU
+    torchrun moco_v2.py --data DIR                       one GPU, the paper's recipe
+    torchrun --nproc_per_node=8 moco_v2.py --data DIR    eight GPUs, the same run
 
 Where this differs from the paper, or the paper is silent
     - Batch norm sees groups of batch / 8 images on any number of processes (--bn-groups 8), so that
@@ -49,7 +49,7 @@ from torch.nn.parallel import DistributedDataParallel
 from common import (ImageFiles, InputError, Queue, Run, SplitBatchNorm, add_run_arguments,
                     batch_norm_groups, contrast_statistics, export_backbone, info_nce, launch,
                     load_batches, mlp, momentum_update, photometric, random_resized_crop, rank,
-                    resnet_stages, seed_for, shuffled, world_size)
+                    resnet_stages, seed_for, shuffled, steps_per_epoch, world_size)
 
 
 def parse_args(argv=None):
@@ -64,6 +64,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=float, default=1e-4)
     add("--image-size", type=int, default=224, help="side of a view in pixels")
     add("--crop-scale", type=float, default=0.2, help="least share of the image in a view")
+    add("--p-blur", type=float, default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
     add("--dim", type=int, default=128, help="D")
     add("--queue-size", type=int, default=65536, help="K, the number of negatives")
     add("--m", type=float, default=0.999, help="momentum of the key encoder (MoCo 3.2)")
@@ -127,28 +128,26 @@ def train(args, device):
     else:
         images = ImageFiles(args.data)
     groups = batch_norm_groups(args.bn_groups, args.batch_size)
-    steps_per_epoch = len(images) // args.batch_size
-    if not steps_per_epoch:
-        raise InputError(f"batch size {args.batch_size} is more than all {len(images)} images")
+    per_epoch = steps_per_epoch(images, args.batch_size)
     if args.queue_size < args.batch_size:
         raise InputError(f"queue size {args.queue_size} is less than batch size {args.batch_size}")
     age = args.queue_size / args.batch_size * (1 - args.m)
     if rank() == 0 and args.queue_size > len(images) / 4:
-        print(f"warning: a queue of {args.queue_size} is more than a quarter of {len(images)} images: "
-              "an image meets its own earlier key as a negative")
+        print(f"warning: a queue of {args.queue_size} is more than a quarter of {len(images)} "
+              "images: an image meets its own earlier keys as negatives")
     if rank() == 0 and age > 0.3:
-        print(f"warning: (K/B)(1-m) is {age:.2f}, the paper's 0.26: the oldest keys come from another "
-              "encoder, and queries are told from them by that")
+        print(f"warning: (K/B)(1-m) is {age:.2f} (the paper's: 0.26): old keys come from another "
+              "encoder, and queries can be told from them by that alone")
 
     torch.manual_seed(args.seed)
     model = MoCo(args.arch, args.dim, args.queue_size, args.m, args.tau, groups).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-    base_lr, steps = args.lr * args.batch_size / 256, args.epochs * steps_per_epoch
+    base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), base_lr, momentum=0.9,
                                 weight_decay=args.weight_decay)
-    run = Run(args, "moco_v2", images, steps, steps_per_epoch,
+    run = Run(args, "moco_v2", images, steps, per_epoch,
               dict(model=model, optimizer=optimizer))
 
     def batches(steps):
@@ -157,7 +156,8 @@ def train(args, device):
         loader = load_batches(images, cut, args.batch_size, steps, args.seed, args.workers)
         for step, views in zip(steps, loader):
             torch.manual_seed(seed_for(args.seed, step, rank()))
-            yield step, *(photometric(v.pixels.to(device, non_blocking=True)) for v in views)
+            yield step, *(photometric(v.pixels.to(device, non_blocking=True), p_blur=args.p_blur)
+                          for v in views)
 
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on

@@ -6,6 +6,7 @@
 """
 import argparse
 import math
+import mmap
 import time
 
 import numpy as np
@@ -36,7 +37,7 @@ def signed_distance(label, x, y, side, turn):
 def texture(rng, x, y, size, behind):
     """Stripes, checks or dots (3, h, w) at columns x (w,), rows y (h, 1), unlike `behind`, (3,)."""
     kind, (angle, phase) = rng.integers(3), rng.uniform(0, 2 * math.pi, 2).tolist()
-    period = max(4, size * 10 ** rng.uniform(-1.4, (-0.2, -0.9, -0.9)[kind]))  # pixels
+    period = max(4, size * 10 ** rng.uniform(-1.4, (-0.2, -1, -1)[kind]))  # pixels
     c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
     u, v = np.sin(c * x + s * y + phase), np.sin(c * y - s * x)
     pattern = rng.uniform(0.5, max(1, period / 6)) * (u, u * v, u + v - 0.7)[kind]  # soft or sharp
@@ -63,16 +64,16 @@ def draw(size, seed, index):
     for label in rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist():
         side = max(8, size * rng.uniform(0.15**0.5, 0.5**0.5) ** 2)  # small ones more often
         reach, area = SHAPES[CLASSES[label]][0] * side + 2, SHAPES[CLASSES[label]][1] * side**2
-        for _ in range(20):  # places; the first shape always finds one
+        for _ in range(20):  # places; the first shape takes the first: 2/3 are inside
             cx, cy = rng.uniform(0.33 * side, size - 0.33 * side, 2).tolist()
-            near = [slice(max(0, int(c - reach)), int(c + reach)) for c in (cy, cx)]
+            near = tuple(slice(max(0, int(c - reach)), int(c + reach)) for c in (cy, cx))
             y, x, turn = at[near[0], None], at[near[1]], rng.uniform(0, 2 * math.pi)
             distance = signed_distance(label, x + (0.5 - cx), y + (0.5 - cy), side, turn)
             trial = top.copy()
-            trial[*near][distance <= 0] = len(labels) + 1
+            trial[near][distance <= 0] = len(labels) + 1
             seen = np.bincount(trial.ravel(), minlength=len(labels) + 2)[1:]
             if all(2 * seen >= [*areas, area]):
-                canvas = image[:, *near]
+                canvas = image[(..., *near)]
                 colour = texture(rng, x, y, size, canvas[:, distance <= 0].mean(axis=1))
                 canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)  # anti-aliased
                 top, labels, areas = trial, [*labels, label], [*areas, area]
@@ -90,7 +91,8 @@ class Scenes(torch.utils.data.Dataset):
     def __init__(self, n, size, seed, cache=False):
         self.n, self.size, self.seed, self.cache = n, size, seed, cache
         if cache:
-            self.images = torch.zeros(n, 3, size, size, dtype=torch.uint8).share_memory_()
+            memory = mmap.mmap(-1, n * 3 * size**2)  # of all workers, without /dev/shm's limit
+            self.images = torch.frombuffer(memory, dtype=torch.uint8).view(n, 3, size, size)
             self.objects = torch.zeros(n, 5, 5).share_memory_()  # x1 y1 x2 y2 label, then zeros
 
     def __len__(self):
@@ -114,17 +116,19 @@ class Scenes(torch.utils.data.Dataset):
 
 
 def main(argv=None):
+    """The command."""
     parser = argparse.ArgumentParser(description="Draw a contact sheet of the built-in scenes.")
     parser.add_argument("--out", default="scenes.png", help="picture to write")
     parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="which scenes")
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     start, tiles, zoom = time.perf_counter(), [], max(1, 200 // args.size)
     scenes = [draw(args.size, args.seed, i) for i in range(96)]
     print(f"{96 / (time.perf_counter() - start):.0f} images/s of {args.size} x {args.size} pixels")
     for image, boxes, labels in scenes[:24]:
         image = F.interpolate(image[None], scale_factor=zoom)[0]
-        tiles.append(draw_bounding_boxes(image, zoom * boxes, [CLASSES[k] for k in labels]) / 255)
+        names = [CLASSES[label] for label in labels]
+        tiles.append(draw_bounding_boxes(image, zoom * boxes, names, colors="white") / 255)
     save_image(tiles, args.out, nrow=6)
 
 

@@ -64,7 +64,7 @@ def transcribed_step(f_q, f_k, queue, velocity, x_q, x_k, order, groups, args):
 
 def test_a_step_equals_the_papers_algorithm():
     torch.manual_seed(0)
-    model = moco_v2.MoCo(**{**SMALL, "bn_groups": 2})
+    model = moco_v2.MoCo(**SMALL)
     f_q, f_k = plain_encoder(model.encoder_q), plain_encoder(model.encoder_k)
     assert all(torch.equal(a, b) for a, b in zip(f_q.parameters(), f_k.parameters()))  # starts as a copy
     queue, velocity = list(model.queue.keys.clone()), {}
@@ -72,7 +72,7 @@ def test_a_step_equals_the_papers_algorithm():
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.005, momentum=0.9, weight_decay=1e-4)
     start = 0
     for step in range(4):  # 4 x 16 keys: the queue of 24 wraps
-        x_q, x_k = torch.randn(2, 16, 3, 64, 64)
+        x_q, x_k = torch.randn(2, 16, 3, 32, 32)
         torch.manual_seed(100 + step)
         order = torch.randperm(16)  # the one that shuffled() draws
         torch.manual_seed(100 + step)
@@ -84,16 +84,18 @@ def test_a_step_equals_the_papers_algorithm():
         common.momentum_update(model.encoder_q, model.encoder_k, model.m)
         model.queue.push(keys)
 
-        expected, gradients = transcribed_step(f_q, f_k, queue, velocity, x_q, x_k, order, 2, args)
+        expected, gradients = transcribed_step(f_q, f_k, queue, velocity, x_q, x_k, order, 4, args)
         torch.testing.assert_close(loss.detach(), expected, atol=1e-5, rtol=1e-5)
         for name, gradient in gradients.items():
-            assert (found[name] - gradient).norm() < 1e-3 * gradient.norm(), name
+            assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
         for ours, plain in ((model.encoder_q, f_q), (model.encoder_k, f_k)):
             for name, p in plain.named_parameters():
-                torch.testing.assert_close(by_name(ours)[name].detach(), p.detach(), atol=2e-5, rtol=1e-4)
+                torch.testing.assert_close(by_name(ours)[name].detach(), p.detach(), atol=1e-5, rtol=1e-4)
+                p.data.copy_(by_name(ours)[name])  # so that rounding does not grow over the steps
         start = (start + 16) % 24
         ours = torch.cat([model.queue.keys[start:], model.queue.keys[:start]])  # oldest first
         torch.testing.assert_close(ours, torch.stack(queue), atol=2e-5, rtol=1e-4)
+        queue = list(ours)
         assert parts["loss_chance"].item() == pytest.approx(math.log(25))
 
 

@@ -1,0 +1,219 @@
+"""Runs as users start, stop, kill and repeat them: real processes, real signals, real files."""
+import csv
+import json
+import os
+import signal
+import time
+
+import pytest
+import torch
+from conftest import command, make_photos, run
+
+import common
+import finetune_fasterrcnn
+import moco_v2
+
+MOCO = ("moco_v2.py --scenes 48 --epochs 12 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 "
+        "--bn-groups 2 --log-every 2").split()
+DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 --batch-size 4 "
+            "--drops 20 --fpn-channels 16 --rois 8 --min-size 64 --log-every 2").split()
+STEPS = {"moco_v2.py": 36, "finetune_fasterrcnn.py": 24}
+
+
+def assert_identical(a, b, path="checkpoint"):
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_identical(x, y, f"{path}[{i}]")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path
+
+
+def interrupt(words, out, processes, number, whole_group):
+    """Start, wait for the first checkpoint, send the signal a little later; the exit status."""
+    process = command(*words, processes=processes)
+    deadline = time.monotonic() + 120
+    while not (out / "checkpoint.pt").exists():
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.3)
+    (os.killpg if whole_group else os.kill)(process.pid, number)
+    _, err = process.communicate(timeout=60)
+    state = common.load_checkpoint(out / "checkpoint.pt")
+    assert 0 < state["step"] < STEPS[words[0]]
+    return process.returncode, state["step"], err
+
+
+@pytest.mark.parametrize("script, workers, processes", [
+    (MOCO, 0, 0), (MOCO, 2, 0), (MOCO, 0, 2), (MOCO, 2, 2), (DETECTOR, 2, 0), (DETECTOR, 0, 2)])
+def test_killed_and_started_again_ends_bit_identical(tmp_path, script, workers, processes):
+    words = [*script, "--workers", workers]
+    code, out, err = run(*words, "--out", tmp_path / "whole", processes=processes)
+    assert code == 0, err
+    again = [*words, "--out", tmp_path / "killed"]
+    code, *_ = interrupt(again, tmp_path / "killed", processes, signal.SIGKILL,
+                         whole_group=not processes)  # of torchrun alone: the others must follow it
+    assert code == -signal.SIGKILL
+    code, out, err = run(*again, processes=processes)
+    assert code == 0 and "going on after step" in out, err
+    whole, killed = (common.load_checkpoint(tmp_path / name / "checkpoint.pt")
+                     for name in ("whole", "killed"))
+    assert whole["step"] == STEPS[script[0]]
+    assert_identical(whole, killed)
+    logs = []
+    for name in ("whole", "killed"):
+        with open(tmp_path / name / "log.csv", newline="") as file:
+            logs.append([{**row, "images_per_s": ""} for row in csv.DictReader(file)])
+    assert logs[0] == logs[1]
+    if script is DETECTOR:
+        ap = [json.loads((tmp_path / name / "ap.json").read_text()) for name in ("whole", "killed")]
+        assert ap[0] == ap[1]
+
+
+@pytest.mark.parametrize("processes, number, whole_group", [
+    (0, signal.SIGTERM, False), (0, signal.SIGINT, True), (2, signal.SIGINT, True),
+    (2, signal.SIGTERM, False)])
+def test_signals_save_before_they_leave(tmp_path, processes, number, whole_group):
+    words = [*MOCO, "--workers", 1, "--out", tmp_path]  # a terminal's Ctrl-C reaches the workers too
+    start = time.monotonic()
+    code, step, err = interrupt(words, tmp_path, processes, number, whole_group)
+    assert code != 0
+    if not processes:
+        assert code == 128 + number and not err.strip()
+    code, out, err = run(*words, processes=processes)
+    assert code == 0 and f"going on after step {step}" in out
+    with open(tmp_path / "log.csv", newline="") as file:
+        steps = [int(row["step"]) for row in csv.DictReader(file)]
+    assert steps == sorted(set(steps)) and steps[-1] == 36 and step in steps
+
+
+def test_two_processes_fill_the_folder_once(tmp_path):
+    code, out, err = run(*MOCO, "--workers", 0, "--out", tmp_path, processes=2)
+    assert code == 0, err
+    assert {p.name for p in tmp_path.iterdir()} == {"args.json", "backbone.pt", "checkpoint.pt",
+                                                    "curves.png", "log.csv"}
+    assert out.count("step 36/36") == 1
+    with open(tmp_path / "log.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(r["step"]) for r in rows] == sorted({*range(2, 37, 2), *range(3, 37, 3)})
+    assert all(float(r["loss"]) > 0 for r in rows)
+
+
+def test_bad_input_is_one_line_in_every_process(tmp_path):
+    for processes in (0, 2):
+        code, out, err = run("moco_v2.py", "--data", tmp_path / "nowhere", "--out", tmp_path,
+                             processes=processes)
+        assert code != 0 and not out
+        assert err.count("error: no such folder") == 1
+        if not processes:
+            assert err.count("\n") == 1
+
+
+# -------------------------------------------------------------- in this process: one line, and why
+
+
+def refusal(main, words):
+    with pytest.raises(SystemExit) as caught:
+        main([str(w) for w in words])
+    assert isinstance(caught.value.code, str) and caught.value.code.startswith("error: ")
+    assert "\n" not in caught.value.code and len(caught.value.code) < 400
+    return caught.value.code
+
+
+TINY = "--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --bn-groups 2 --workers 0".split()
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--batch-size 30 --bn-groups 8", "batch size 30 does not divide into 8"),
+    ("--queue-size 8", "queue size 8 is less than batch size 16"),
+    ("--batch-size 160 --queue-size 320", "batch size 160 is more than all 120"),
+    ("--arch resnet1", "unknown architecture resnet1"),
+])
+def test_moco_refuses(tmp_path, photos, flags, message):
+    words = ["--data", photos, "--arch", "resnet18", *TINY, "--out", tmp_path, *flags.split()]
+    assert message in refusal(moco_v2.main, words)
+
+
+def test_folders_that_do_not_serve(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for folder, message in (("none", "no such folder"), ("empty", "no images below"),
+                            ("file", "no such folder")):
+        assert message in refusal(moco_v2.main, ["--data", tmp_path / folder, "--out", tmp_path / "o"])
+    assert refusal(moco_v2.main, [*TINY, "--scenes", 32, "--out", tmp_path / "file"])
+
+
+def test_the_same_command_again_and_another_one(tmp_path, capsys):
+    words = [*TINY, "--scenes", 32, "--out", tmp_path]
+    moco_v2.main([str(w) for w in words])
+    state = (tmp_path / "checkpoint.pt").read_bytes()
+    (tmp_path / "backbone.pt").unlink()
+    capsys.readouterr()
+    moco_v2.main([str(w) for w in [*words, "--log-every", 7]])  # may differ
+    assert "finished" in capsys.readouterr().out
+    assert (tmp_path / "checkpoint.pt").read_bytes() == state and (tmp_path / "backbone.pt").exists()
+    error = refusal(moco_v2.main, [*words, "--tau", 0.3, "--seed", 1])
+    assert "seed 0 (now 1), tau 0.2 (now 0.3)" in error and "workers" not in error
+    assert "of moco_v2, not of finetune" in refusal(
+        finetune_fasterrcnn.main, [*DETECTOR[1:], "--out", tmp_path])
+    assert (tmp_path / "checkpoint.pt").read_bytes() == state
+    moco_v2.main([str(w) for w in [*words, "--tau", 0.3, "--fresh"]])
+    assert common.load_checkpoint(tmp_path / "checkpoint.pt")["args"]["tau"] == 0.3
+    with open(tmp_path / "log.csv") as file:
+        assert len(file.readlines()) == 3  # a header, and the end of two epochs
+
+    (tmp_path / "checkpoint.pt").write_bytes(state[:1000])
+    assert "read safely" in refusal(moco_v2.main, words)
+
+
+def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
+    make_photos(tmp_path / "data", 120)
+    (tmp_path / "data" / "0007.jpg").write_bytes(b"\xff\xd8 no more")
+    words = ["--data", tmp_path / "data", "--arch", "resnet18", *TINY, "--log-every", 1]
+    moco_v2.main([str(w) for w in [*words, "--out", tmp_path / "a"]])
+    out = capsys.readouterr().out
+    assert out.count("0007.jpg") == 1 and "(1 of 120 so far)" in out
+    (tmp_path / "data" / "0090.jpg").write_bytes(b"")
+    error = refusal(moco_v2.main, [*words, "--out", tmp_path / "b", "--epochs", 3, "--workers", 2])
+    assert error == "error: 2 of 120 images cannot be decoded: over 1%"
+    for file in (tmp_path / "data").iterdir():
+        file.write_bytes(b"")
+    assert refusal(moco_v2.main, [*words, "--out", tmp_path / "c", "--workers", 2]) == \
+        "error: none of the 120 images can be decoded"
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
+    words = [*TINY, "--scenes", 64, "--out", tmp_path, "--epochs", 3, "--log-every", 100]
+    assert "the loss is not finite at step 2; checkpoint: none" in refusal(
+        moco_v2.main, [*words, "--lr", "1e30"])
+    assert not (tmp_path / "checkpoint.pt").exists()
+    error = refusal(finetune_fasterrcnn.main, [*DETECTOR[1:], "--lr", "1e30", "--warmup", 5,
+                                               "--workers", 0, "--out", tmp_path])
+    assert "the loss is not finite at step" in error
+
+
+def test_warnings_of_queues_that_do_not_fit(tmp_path, capsys):
+    moco_v2.main([str(w) for w in [*TINY, "--epochs", 1, "--scenes", 64, "--out", tmp_path / "a"]])
+    out = capsys.readouterr().out
+    assert "more than a quarter of 64 images" in out and "(K/B)(1-m)" not in out
+    moco_v2.main([str(w) for w in [*TINY, "--epochs", 1, "--scenes", 128, "--m", 0.5,
+                                   "--out", tmp_path / "b"]])
+    out = capsys.readouterr().out
+    assert "quarter" not in out and "(K/B)(1-m) is 1.00" in out
+
+
+def test_random_queue_starts_random(tmp_path):
+    for flags, name in ((["--random-queue"], "random"), ([], "filled")):
+        moco_v2.main([str(w) for w in [*TINY, "--scenes", 64, "--epochs", 1, "--queue-size", 128,
+                                       "--lr", 0, "--out", tmp_path / name, *flags]])
+    spread = {name: common.load_checkpoint(tmp_path / name / "checkpoint.pt")["model"]["queue.keys"]
+              for name in ("random", "filled")}
+    # 64 keys of the untrained encoder went in; the other 64 rows are what the queue started with
+    assert spread["random"][64:].std(0).mean() > 0.2 > 2 * spread["filled"][64:].std(0).mean()
