@@ -5,13 +5,16 @@ Letters: B images, C channels, H W pixels, D embedding size, K queue length, N r
 The way of an image: file -> worker: decode, cut the views with their exact rectangles (uint8) ->
 batch -> device: colour, blur, normalise, for the whole batch at once -> encoders.
 """
+import argparse
 import csv
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,8 +59,7 @@ def read_image(path):
     """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB."""
     with Image.open(path) as image:
         if image.mode.startswith("I;16"):  # PIL's own conversion would clip 16 bits at 255
-            pixels = (np.array(image) >> 8).astype(np.uint8)
-            image = Image.fromarray(pixels)
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
@@ -87,14 +89,23 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        for i in range(index, index + len(self)):
-            i %= len(self)
-            if not self.broken[i]:
-                try:
-                    return read_image(self.paths[i])
-                except Exception:  # decoders raise OSError, SyntaxError, ValueError, ...
-                    self.broken[i] = True
-        raise InputError(f"none of the {len(self)} images can be decoded")
+        return read_or_next(self.paths, self.broken, index)[1]
+
+
+def read_or_next(paths, broken, index):
+    """Decode image ``index``, or the next one that can be -> its index and (3, H, W) uint8.
+
+    broken (n,) bool: which ones cannot, as far as is known; what is found out is marked there.
+    """
+    if not 0 <= index < len(paths):
+        raise IndexError(index)
+    for i in chain(range(index, len(paths)), range(index)):
+        if not broken[i]:
+            try:
+                return i, read_image(paths[i])
+            except Exception:  # decoders raise OSError, SyntaxError, ValueError, ...
+                broken[i] = True
+    raise InputError(f"none of the {len(paths)} images can be decoded")
 
 
 def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -163,8 +174,8 @@ def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
 
 
 def _gray(x):
-    weights = x.new_tensor([0.2989, 0.587, 0.114]).view(3, 1, 1)
-    return (x * weights).sum(1, keepdim=True)  # (B, 1, H, W)
+    red, green, blue = x.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue  # (B, 1, H, W)
 
 
 def _blend(x, other, factor):
@@ -194,7 +205,7 @@ def adjust_hue(x, shift):
     by = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == red, (green - blue) / by,
                       torch.where(value == green, 2 + (blue - red) / by, 4 + (red - green) / by))
-    corner = x.new_tensor([5, 3, 1]).view(3, 1, 1)  # of the hue's hexagon: of red, green, blue
+    corner = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green, blue
     k = (corner + (hue + 6 * shift.view(-1, 1, 1)).unsqueeze(1)) % 6  # (B, 3, H, W)
     return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
 
@@ -221,28 +232,27 @@ def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p
     x = pixels.float() / 255
     number, device = len(x), x.device
 
-    def chosen(p):  # drawn on the CPU, so that choosing rows never waits for the device
+    def chosen(p):  # drawn on the CPU, so that the number of rows is known there
         return torch.rand(number) < p
 
     jittered = chosen(p_jitter)
-    for op in torch.randperm(4).tolist():
-        drawn = (2 * torch.rand(number) - 1) * jitter[op]  # (B,) in -strength..strength
+    operations = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    for i in torch.randperm(4).tolist():
+        drawn = (2 * torch.rand(number) - 1) * jitter[i]  # (B,) in -strength..strength
         drawn = torch.where(jittered, drawn, 0).to(device, non_blocking=True)
-        if op == 3:
-            x = adjust_hue(x, drawn)
-        else:
-            x = (adjust_brightness, adjust_contrast, adjust_saturation)[op](
-                x, (1 + drawn).clamp(min=0))
+        x = operations[i](x, drawn if i == 3 else (1 + drawn).clamp(min=0))
     x = adjust_saturation(x, (~chosen(p_gray)).to(device, x.dtype, non_blocking=True))
 
     rows, sigma = chosen(p_blur).nonzero().flatten(), 0.1 + 1.9 * torch.rand(number)
     if len(rows):
-        sigma, rows = sigma[rows].to(device), rows.to(device)
+        sigma = sigma[rows].to(device, non_blocking=True)
+        rows = rows.to(device, non_blocking=True)
         x = x.index_copy(0, rows, gaussian_blur(x[rows], sigma))
     if p_solarize:
-        solarized = chosen(p_solarize).to(device).view(-1, 1, 1, 1)
+        solarized = chosen(p_solarize).to(device, non_blocking=True).view(-1, 1, 1, 1)
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
-    mean, std = (x.new_tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (torch.tensor(v).to(device, non_blocking=True).view(3, 1, 1)
+                 for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
 
@@ -358,7 +368,8 @@ def contrast_statistics(q, k, negatives):
     negatives, the mean similarities, and the mean deviation of a query's coordinate, which falls to
     0 when all queries become one and is 1/sqrt(D) when they fill the sphere."""
     q, k, negatives = q.detach().float(), k.float(), negatives.float()
-    positive, others = (q * k).sum(1), q @ negatives.T  # (N,), (N, K)
+    with torch.autocast(q.device.type, enabled=False):
+        positive, others = (q * k).sum(1), q @ negatives.T  # (N,), (N, K)
     return dict(accuracy=(positive > others.amax(1)).float().mean(),
                 similarity_positive=positive.mean(), similarity_negative=others.mean(),
                 deviation=q.std(0).mean())
@@ -447,17 +458,28 @@ def all_gather(x):
 def launch(train, args):
     """Run ``train(args, device)`` as a command: join the processes, leave them at the end, and
     answer bad input with one line and exit status 1."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        train(args, setup())
+        try:
+            train(args, setup())
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     except (InputError, OSError) as error:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         if int(os.environ.get("LOCAL_RANK", 0)):  # what all know the first one says; torchrun then
             time.sleep(3)  # ends the others, and one that lives on has something of its own to say
         sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def check(args, **bounds):
+    """InputError where a number of the command's arguments is not within its (least, most)."""
+    for name, (least, most) in bounds.items():
+        value = getattr(args, name)
+        if not all(least <= v <= most for v in (value if isinstance(value, list) else [value])):
+            raise InputError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
 
 
 # ------------------------------------------------------------------------ checkpoints and backbones
@@ -481,9 +503,10 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's holds its arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0][:200]
+        reason = str(error).strip().split("\n")[0].split(". ")[0]
         raise InputError(f"{path} holds no tensors that can be read safely: {reason}") from None
 
 
@@ -560,18 +583,25 @@ class Run:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if args.fresh and rank() == 0:
-            self.checkpoint.unlink(missing_ok=True)
+            for old in ("checkpoint.pt", "backbone.pt", "curves.png", "ap.json", "detections.png"):
+                (self.out / old).unlink(missing_ok=True)
         if world_size() > 1:
             dist.barrier()
         if self.checkpoint.exists():
             self._resume()
+        if all_gather(torch.tensor([self.step])).unique().numel() > 1:
+            raise InputError(f"{self.out} is not one folder that all processes see")
         if rank() == 0:
             self._keep_rows()
             (self.out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda number, _frame: setattr(self, "signal", number))
-        self.began = self.logged = (time.monotonic(), self.step)
+        self.start_clock()
+
+    def start_clock(self):
+        """Measure speed from now on: what comes before the first step does not count."""
         self.drawn = time.monotonic()
+        self.began = self.logged = (self.drawn, self.step)
 
     def _resume(self):
         state = load_checkpoint(self.checkpoint)
@@ -592,29 +622,29 @@ class Run:
 
     def _keep_rows(self):
         """Leave in log.csv what the checkpoint has seen: a killed run may have logged more."""
-        rows = []
         if self.table.exists():
-            with open(self.table, newline="") as file:
-                rows = [r for r in csv.DictReader(file)
-                        if None not in r.values() and int(r["step"]) <= self.step]
-            self.table.unlink()
-        for row in rows:
-            self._write(row)
+            with open(self.table, newline="", errors="replace") as file:
+                rows = [r for r in csv.DictReader(file) if None not in r.values()
+                        and r["step"].isdigit() and int(r["step"]) <= self.step]
+            kept = self.table.with_suffix(".tmp")
+            kept.unlink(missing_ok=True)
+            self._write(kept, *rows)
+            os.replace(kept, self.table)
 
-    def _write(self, row):
-        new = not self.table.exists()
-        with open(self.table, "a", newline="") as file:
-            writer = csv.DictWriter(file, row)
-            if new:
+    def _write(self, path, *rows):
+        with open(path, "a", newline="") as file:
+            writer = csv.DictWriter(file, rows[0] if rows else ())
+            if rows and not file.tell():
                 writer.writeheader()
-            writer.writerow(row)
+            writer.writerows(rows)
 
     def say(self, text, rewrite=False):
         """Print a line, once for all processes; on a terminal the next one may take its place."""
-        if rank() == 0:
-            terminal = sys.stdout.isatty()
-            print(("\r\033[K" if terminal else "") + text,
-                  end="" if rewrite and terminal else "\n", flush=True)
+        if rank() == 0 and not sys.stdout.isatty():
+            print(text, flush=True)
+        elif rank() == 0:
+            text = text[:shutil.get_terminal_size().columns - 1] if rewrite else text
+            print("\r\033[K" + text, end="" if rewrite else "\n", flush=True)
 
     def stop_if_asked(self):
         """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number."""
@@ -668,11 +698,12 @@ class Run:
         row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
         if rank() == 0:
             epoch = round(self.step / self.steps_per_epoch, 4)
-            self._write(dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1)))
+            self._write(self.table, dict(step=self.step, epoch=epoch, **row,
+                                         images_per_s=round(speed, 1)))
         numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
         self.say(f"epoch {math.ceil(self.step / self.steps_per_epoch)}/"
                  f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "
-                 f"{numbers}  {speed:.0f} images/s  {left:.1f} min left", self.step < self.steps)
+                 f"{left:.1f} min left  {speed:.0f} images/s  {numbers}", self.step < self.steps)
 
     def _count_broken(self):
         flags = getattr(self.images, "broken", torch.zeros(1)).to(torch.uint8)
@@ -687,6 +718,10 @@ class Run:
             raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: over 1%")
 
     def _save(self, last=False):
+        weights = [p for part in self.parts.values() if isinstance(part, nn.Module)
+                   for p in part.parameters()]
+        if not all(p.isfinite().all() for p in weights):
+            raise InputError(f"the weights are not finite after step {self.step}: not saved")
         if rank() == 0:
             save_checkpoint(self.checkpoint, method=self.method, args=self.args, step=self.step,
                             **{name: part.state_dict() for name, part in self.parts.items()})

@@ -15,7 +15,10 @@ DIR holds VOCdevkit/VOC2007, or is itself in VOC's layout (Annotations, ImageSet
 
 Where this differs from the papers, or they are silent
     - `difficult` objects of VOC are left out of training and ignored in the evaluation.
-    - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.
+    - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own, and the
+      evaluation uses the first one's statistics.
+    - On GPUs: bfloat16, with boxes and losses in float32; RoIAlign's backward pass adds in no fixed
+      order there, so that a resumed run equals an uninterrupted one only nearly.
 """
 import argparse
 import json
@@ -32,8 +35,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 
-from common import (InputError, Run, add_run_arguments, launch, leave_group, load_backbone,
-                    load_batches, rank, read_image, resnet_stages, seed_for, steps_per_epoch,
+from common import (InputError, Run, add_run_arguments, check, launch, leave_group, load_backbone,
+                    load_batches, rank, read_or_next, resnet_stages, seed_for, steps_per_epoch,
                     world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
@@ -69,8 +72,9 @@ def parse_args(argv=None):
     add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on")
     add_run_arguments(parser, out="runs/finetune")
     if parser.parse_known_args(argv)[0].dataset == "scenes":  # small enough for two CPU cores
-        parser.set_defaults(arch="resnet18", iterations=400, drops=[300, 360], min_size=[96],
-                            max_size=96, fpn_channels=64, anchor_size=8, rois=64)
+        parser.set_defaults(arch="resnet18", iterations=480, batch_size=8, lr=0.04, warmup=40,
+                            drops=[360, 440], min_size=[96], max_size=96, fpn_channels=64,
+                            anchor_size=8, rois=64)
     return parser.parse_args(argv)
 
 
@@ -99,22 +103,28 @@ class VOC(Dataset):
 
     VOC counts pixels from 1 and includes both ends: x1 and y1 are lowered by 1 here, so that
     x2 - x1 is a width.  Raises InputError: another layout, no such split, a file that is missing or
-    does not parse, an unknown class.
+    does not parse, an unknown class.  In training, an image that cannot be decoded is replaced by
+    the next one, as ImageFiles does; in the test it is an error.
     """
 
-    def __init__(self, root, split, classes):
-        self.classes = classes
+    def __init__(self, root, split, classes, training=False):
+        self.classes, self.training = classes, training
         folders = [os.path.join(root, below) for below in ("", "VOC2007", "VOCdevkit/VOC2007")]
         self.root = next((f for f in folders if os.path.isdir(f"{f}/ImageSets/Main")), None)
         if self.root is None:
             raise InputError(f"{root} is not in VOC layout: no ImageSets/Main or VOCdevkit/VOC2007")
         try:
             with open(f"{self.root}/ImageSets/Main/{split}.txt") as file:
-                self.names = [line.split()[0] for line in file if line.strip()]
-        except FileNotFoundError:
+                names = [line.split()[0] for line in file if line.strip()]
+        except (FileNotFoundError, UnicodeDecodeError):
             raise InputError(f"no such split: {self.root}/ImageSets/Main/{split}.txt") from None
+        self.paths = [f"{self.root}/JPEGImages/{name}.jpg" for name in names]
+        missing = next((p for p in self.paths if not os.path.isfile(p)), None)
+        if missing or not names:
+            raise InputError(f"no such file: {missing}" if missing else f"no images in {split}.txt")
+        self.broken = torch.zeros(len(names), dtype=torch.bool).share_memory_()
         self.without_area = 0
-        self.objects = [self._read(f"{self.root}/Annotations/{name}.xml") for name in self.names]
+        self.objects = [self._read(f"{self.root}/Annotations/{name}.xml") for name in names]
         if self.without_area and rank() == 0:
             print(f"{split}: {self.without_area} boxes without area left out")
 
@@ -141,14 +151,13 @@ class VOC(Dataset):
                 torch.tensor(ignore, dtype=torch.bool))
 
     def __len__(self):
-        return len(self.names)
+        return len(self.paths)
 
     def __getitem__(self, index):
-        path = f"{self.root}/JPEGImages/{self.names[index]}.jpg"
-        try:
-            return (read_image(path), *self.objects[index])
-        except Exception as error:
-            raise InputError(f"cannot read {path}: {error}") from None
+        i, image = read_or_next(self.paths, self.broken, index)
+        if i != index and not self.training:
+            raise InputError(f"cannot decode {self.paths[index]}")
+        return image, *self.objects[i]
 
 
 def training_item(item):
@@ -177,9 +186,19 @@ def build_detector(arch, num_classes, fpn_channels=256, min_size=(800,), max_siz
     backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)}, stages.channels,
                                fpn_channels, norm_layer=nn.BatchNorm2d)
     anchors = AnchorGenerator([(anchor_size * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5)
-    return FasterRCNN(backbone, num_classes + 1, min_size=tuple(min_size), max_size=max_size,
-                      rpn_anchor_generator=anchors, box_batch_size_per_image=rois,
-                      rpn_post_nms_top_n_train=4 * rois, rpn_post_nms_top_n_test=2 * rois)
+    model = FasterRCNN(backbone, num_classes + 1, min_size=tuple(min_size), max_size=max_size,
+                       rpn_anchor_generator=anchors, box_batch_size_per_image=rois,
+                       rpn_post_nms_top_n_train=4 * rois, rpn_post_nms_top_n_test=2 * rois)
+    for head in (model.rpn.head, model.roi_heads.box_predictor):
+        head.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
+    return model
+
+
+def as_float32(_module, _inputs, output):
+    """Forward hook: the output, however nested, in float32."""
+    if torch.is_tensor(output):
+        return output.float()
+    return type(output)(as_float32(None, None, part) for part in output)
 
 
 def learning_rate(step, base, warmup, drops):
@@ -319,8 +338,10 @@ def evaluate(model, dataset, args, device, run):
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
                for start in range(0, len(dataset), args.batch_size)]  # as many in every process
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
-                        worker_init_fn=leave_group)
+                        worker_init_fn=leave_group, pin_memory=device.type == "cuda")
     mine = []
+    for buffer in model.buffers() if world_size() > 1 else ():
+        dist.broadcast(buffer, src=0)  # the batch statistics that the checkpoint holds
     model.eval()
     for indices, items in zip(batches, loader):
         run.stop_if_asked()
@@ -347,7 +368,7 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
         sure = [seen[key][seen["scores"] >= threshold] for key in ("boxes", "labels", "scores")]
         for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
                                           (below, *sure)):
-            ax.imshow(image.permute(1, 2, 0))
+            ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set_axis_off()
             for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
                 colour = f"C{label % 10}"
@@ -364,19 +385,28 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
 
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
+    many = 10**9
+    check(args, train_scenes=(1, many), test_scenes=(1, many), iterations=(1, many),
+          batch_size=(1, many), lr=(0, 1e3), warmup=(0, many), drops=(0, many), weight_decay=(0, 1),
+          min_size=(32, many), max_size=(32, many), fpn_channels=(1, many), anchor_size=(1, many),
+          rois=(1, many), workers=(0, 1000), seed=(0, 2**63), log_every=(1, many))
+    if args.dataset == "scenes" and args.data is not None:
+        raise InputError("--data needs --dataset voc")
     if args.dataset == "scenes":
         train_set = LabelledScenes(args.train_scenes, seed=1)
         test_set = LabelledScenes(args.test_scenes, seed=2)
     elif args.data is None:
         raise InputError("--dataset voc needs --data, a folder in VOC layout")
     else:
-        train_set, test_set = (VOC(args.data, split, args.classes)
-                               for split in (args.train_split, args.test_split))
+        train_set = VOC(args.data, args.train_split, args.classes, training=True)
+        test_set = VOC(args.data, args.test_split, args.classes)
     per_epoch = steps_per_epoch(train_set, args.batch_size)
 
     torch.manual_seed(args.seed)
     model = build_detector(args.arch, len(train_set.classes), args.fpn_channels, args.min_size,
                            args.max_size, args.anchor_size, args.rois, args.weights).to(device)
+    if device.type == "cuda":
+        model = model.to(memory_format=torch.channels_last)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)

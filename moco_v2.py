@@ -47,9 +47,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from common import (ImageFiles, InputError, Queue, Run, SplitBatchNorm, add_run_arguments,
-                    batch_norm_groups, contrast_statistics, export_backbone, info_nce, launch,
-                    load_batches, mlp, momentum_update, photometric, random_resized_crop, rank,
-                    resnet_stages, seed_for, shuffled, steps_per_epoch, world_size)
+                    batch_norm_groups, check, contrast_statistics, export_backbone, info_nce,
+                    launch, load_batches, mlp, momentum_update, photometric, random_resized_crop,
+                    rank, resnet_stages, seed_for, shuffled, steps_per_epoch, world_size)
 
 
 def parse_args(argv=None):
@@ -122,6 +122,10 @@ class MoCo(nn.Module):
 
 def train(args, device):
     """Pre-train as ``args`` say; the run's folder holds everything that comes of it."""
+    check(args, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1),
+          image_size=(8, 10**4), crop_scale=(1e-3, 1), p_blur=(0, 1), dim=(1, 10**5), m=(0, 1),
+          tau=(1e-3, 1e3), queue_size=(1, 10**9), bn_groups=(1, 10**6), scenes=(1, 10**9),
+          workers=(0, 1000), seed=(0, 2**63), log_every=(1, 10**9))
     if args.data is None:
         from scenes import Scenes
         images = Scenes(args.scenes, size=96, seed=0, cache=True)
@@ -161,10 +165,12 @@ def train(args, device):
 
     mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
+        run.say(f"filling the queue with {args.queue_size} keys")
         for _, _, view_k in batches(range(steps, steps + -(-args.queue_size // args.batch_size))):
             with torch.no_grad(), mixed:
                 model.queue.push(shuffled(model.encoder_k, view_k))
             run.stop_if_asked()
+        run.start_clock()
 
     for step, view_q, view_k in batches(range(run.step, steps)):
         lr = base_lr * (1 + math.cos(math.pi * step / steps)) / 2
@@ -174,7 +180,7 @@ def train(args, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        momentum_update(model.encoder_q, model.encoder_k, args.m)  # Eq. (2)
+        momentum_update(model.encoder_q, model.encoder_k, model.m)  # Eq. (2)
         model.queue.push(keys)
         run.end_step(loss, lr, **parts)
     if rank() == 0:

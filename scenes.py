@@ -91,7 +91,7 @@ class Scenes(torch.utils.data.Dataset):
     def __init__(self, n, size, seed, cache=False):
         self.n, self.size, self.seed, self.cache = n, size, seed, cache
         if cache:
-            memory = mmap.mmap(-1, n * 3 * size**2)  # of all workers, without /dev/shm's limit
+            memory = mmap.mmap(-1, n * 3 * size**2)  # shared by forked workers
             self.images = torch.frombuffer(memory, dtype=torch.uint8).view(n, 3, size, size)
             self.objects = torch.zeros(n, 5, 5).share_memory_()  # x1 y1 x2 y2 label, then zeros
 

@@ -1,5 +1,7 @@
 """Puts the project's folder on the path, and gives the tests small image folders of their own."""
 import os
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
 import subprocess
 import sys
 from pathlib import Path

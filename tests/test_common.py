@@ -1,3 +1,4 @@
+import argparse
 import copy
 import math
 
@@ -29,6 +30,7 @@ def test_image_files_finds_every_layout_sorted(tmp_path):
     images = common.ImageFiles(str(tmp_path))
     assert images.paths == sorted(images.paths) and len(images) == 4
     assert images[0].shape == (3, 60, 80) and images[0].dtype == torch.uint8
+    assert len(list(images)) == 4  # iteration ends
 
 
 def test_image_files_follow_links_to_folders_elsewhere(tmp_path):
@@ -107,9 +109,11 @@ def test_crop_boxes_say_where_the_pixels_come_from(height, width, size):
         assert min(shares) > 0.17 and max(shares) > 0.8
 
 
+def draw(image):
+    return common.random_resized_crop(image, 16), common.random_resized_crop(image, 24)
+
+
 def views_of(data, workers, steps=range(3, 9), seed=5):
-    def draw(image):
-        return (common.random_resized_crop(image, 16), common.random_resized_crop(image, 24))
     return list(common.load_batches(data, draw, 8, steps, seed, workers))
 
 
@@ -183,7 +187,8 @@ def test_photometric_chances_and_strengths_are_each_images_own():
     plain = one[0] / 255
 
     def changed(**chances):
-        x = denormalised(common.photometric(one, **{**dict(p_jitter=0, p_gray=0, p_blur=0), **chances}))
+        none = dict(p_jitter=0, p_gray=0, p_blur=0)
+        x = denormalised(common.photometric(one, **{**none, **chances}))
         return x, (x - plain).abs().amax((1, 2, 3)) > 1e-3
 
     x, hit = changed(p_jitter=0.8)
@@ -205,11 +210,13 @@ def test_photometric_strengths_stay_in_their_ranges():
     torch.manual_seed(0)
     flat = torch.full((500, 3, 8, 8), 100, dtype=torch.uint8)
     off = dict(p_gray=0, p_blur=0, p_jitter=1)
-    bright = denormalised(common.photometric(flat, jitter=(0.4, 0, 0, 0), **off)).mean((1, 2, 3)) * 2.55
+    bright = denormalised(common.photometric(flat, jitter=(0.4, 0, 0, 0), **off))
+    bright = bright.mean((1, 2, 3)) * 2.55  # (500,)
     assert 0.59 < bright.min() < 0.63 and 1.37 < bright.max() < 1.41
     assert abs(bright.mean() - 1) < 0.03
     red = flat * torch.tensor([1, 0, 0], dtype=torch.uint8).view(3, 1, 1)
-    hue = denormalised(common.photometric(red, jitter=(0, 0, 0, 0.1), **off))[:, :, 0, 0]  # (500, 3)
+    hue = denormalised(common.photometric(red, jitter=(0, 0, 0, 0.1), **off))
+    hue = hue[:, :, 0, 0]  # (500, 3)
     shift = (hue[:, 1] - hue[:, 2]) * 2.55 / 6  # 100 to 1 of a sixth of the circle
     assert -0.101 < shift.min() < -0.09 and 0.09 < shift.max() < 0.101
 
@@ -217,7 +224,8 @@ def test_photometric_strengths_stay_in_their_ranges():
 def test_photometric_order_varies_with_the_batch():
     pixels = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8)
     calls = []
-    originals = {n: getattr(common, n) for n in ("adjust_brightness", "adjust_contrast", "adjust_hue")}
+    names = "adjust_brightness", "adjust_contrast", "adjust_hue"
+    originals = {name: getattr(common, name) for name in names}
     try:
         for name, function in originals.items():
             setattr(common, name, lambda *a, n=name, f=function: (calls.append(n), f(*a))[1])
@@ -289,8 +297,8 @@ def test_batch_norm_groups_name_both_numbers():
 
 
 def unit(*shape, seed=0, dtype=torch.float32):
-    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype),
-                       dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=1)
 
 
 def literal_info_nce(q, k, negatives, tau):
@@ -425,7 +433,7 @@ def test_contrast_statistics_by_hand():
     assert found["deviation"].item() == pytest.approx(0.5 ** 0.5)
 
 
-# ------------------------------------------------------------------------- checkpoints and backbones
+# ------------------------------------------------------------------------ checkpoints and backbones
 
 
 def equal(a, b):
@@ -433,13 +441,15 @@ def equal(a, b):
 
 
 @pytest.mark.parametrize("prefix, nested", [
-    ("", None), ("module.encoder_q.", "state_dict"), ("module.encoder.", "model"), ("module.", None)])
+    ("", None), ("module.encoder_q.", "state_dict"), ("module.encoder.", "model"),
+    ("module.", None)])
 def test_load_backbone_under_any_prefix(tmp_path, capsys, prefix, nested):
     torch.manual_seed(0)
     source = torchvision.models.resnet18()
     state = {prefix + k: v for k, v in source.state_dict().items()}
     state["other"] = torch.zeros(2)
-    torch.save({nested: state} if nested else state, tmp_path / "file.pt")
+    nested = {nested: state, "opt": argparse.Namespace(lr=1)} if nested else state
+    torch.save(nested, tmp_path / "file.pt")
     stages = common.resnet_stages("resnet18", common.SplitBatchNorm)
     common.load_backbone(stages, tmp_path / "file.pt")
     assert equal(stages.state_dict(), {k: v for k, v in source.state_dict().items()

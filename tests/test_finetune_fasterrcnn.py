@@ -1,11 +1,17 @@
 import contextlib
 import io
+import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from conftest import make_photos
 
+import common
+import finetune_fasterrcnn as ft
+from common import InputError
 from finetune_fasterrcnn import coco_ap
 
 NAMES = ["AP", "AP50", "AP75", "APs", "APm", "APl"]
@@ -283,3 +289,213 @@ def test_order_of_images():
 def test_errors(truths, detections, message):
     with pytest.raises(ValueError, match=message):
         coco_ap(truths, detections)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+XML = """<annotation><size><width>80</width><height>60</height></size>{}</annotation>"""
+OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
+          "<xmax>{}</xmax><ymax>{}</ymax></bndbox></object>")
+
+
+def make_voc(folder, objects, split="trainval"):
+    """A folder in VOC layout: one 80 x 60 photo for each list of (name, difficult, x1 y1 x2 y2)."""
+    make_photos(folder / "JPEGImages", len(objects))
+    (folder / "ImageSets" / "Main").mkdir(parents=True, exist_ok=True)
+    (folder / "Annotations").mkdir(exist_ok=True)
+    for i, things in enumerate(objects):
+        xml = XML.format("".join(OBJECT.format(*thing) for thing in things))
+        (folder / "Annotations" / f"{i:04}.xml").write_text(xml)
+    names = "".join(f"{i:04}\n" for i in range(len(objects)))
+    (folder / "ImageSets" / "Main" / f"{split}.txt").write_text(names)
+    return folder
+
+
+@pytest.mark.parametrize("inner", ["", "VOC2007", "VOCdevkit/VOC2007"])
+def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, capsys):
+    make_voc(tmp_path / inner, [[("dog", 0, 1, 1, 80, 60), ("cat", 1, 11, 21, 30, 40)],
+                                [], [("cat", 0, 7, 7, 7, 20)]])
+    data = ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES)
+    image, boxes, labels, ignore = data[0]
+    assert image.shape == (3, 60, 80) and image.dtype == torch.uint8
+    assert boxes.tolist() == [[0, 0, 80, 60], [10, 20, 30, 40]]
+    assert [ft.VOC_CLASSES[i] for i in labels] == ["dog", "cat"]
+    assert ignore.tolist() == [False, True]
+    for i in (1, 2):  # an image without objects, and one whose only box has no area
+        _, boxes, labels, ignore = data[i]
+        assert boxes.shape == (0, 4) and labels.shape == ignore.shape == (0,)
+    assert "1 boxes without area" in capsys.readouterr().out
+
+
+def test_voc_names_the_file_that_is_wrong(tmp_path):
+    make_voc(tmp_path, [[("dog", 0, 1, 1, 9, 9)], [("wolf", 0, 1, 1, 9, 9)]])
+
+    def error(split="trainval"):
+        with pytest.raises(InputError) as caught:
+            ft.VOC(str(tmp_path), split, ft.VOC_CLASSES)
+        return str(caught.value)
+
+    path = tmp_path / "Annotations" / "0001.xml"
+    assert "0001.xml: unknown class 'wolf'" in error()
+    path.write_text("<annotation><object>")
+    assert "0001.xml is not a VOC annotation" in error()
+    path.write_text(XML.format("<object><name>dog</name></object>"))
+    assert "0001.xml is not a VOC annotation" in error()
+    path.write_text(XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)))
+    assert "0001.xml" in error()
+    path.unlink()
+    assert "no such file" in error() and "0001.xml" in error()
+    assert "no such split" in error("val")
+    with pytest.raises(InputError, match="not in VOC layout"):
+        ft.VOC(str(tmp_path / "Annotations"), "trainval", ft.VOC_CLASSES)
+    path.write_text(XML.format(""))
+    (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="cannot decode .*0000.jpg"):
+        ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES)[0]
+    data = ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES, training=True)
+    assert torch.equal(data[0][0], data[1][0]) and data[0][1].shape == (0, 4)  # the next, whole
+    assert data.broken.tolist() == [True, False]
+    (tmp_path / "JPEGImages" / "0000.jpg").unlink()
+    assert "no such file" in error() and "0000.jpg" in error()
+    (tmp_path / "ImageSets" / "Main" / "none.txt").write_text("\n")
+    assert "no images in none.txt" in error("none")
+
+
+def test_flips_move_the_boxes_with_the_pixels():
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    image[:, 4:9, 2:12] = 255
+    item = (image, torch.tensor([[2.0, 4, 12, 9], [0, 0, 1, 1]]), torch.tensor([3, 5]),
+            torch.tensor([False, True]))
+    seen = set()
+    for seed in range(20):
+        torch.manual_seed(seed)
+        flipped, target = ft.training_item(item)
+        (x1, y1, x2, y2), = target["boxes"].int().tolist()
+        assert target["labels"].tolist() == [4]  # from 1; the one to ignore is left out
+        assert (flipped[:, y1:y2, x1:x2] == 255).all()
+        assert flipped.float().sum() == 255 * 3 * 50
+        seen.add(x1)
+    assert seen == {2, 18}
+
+
+# ---------------------------------------------------------------------------------------- detector
+
+
+def test_every_layer_of_the_detector_trains():
+    torch.manual_seed(0)
+    model = ft.build_detector("resnet18", 6, fpn_channels=16, min_size=[64], max_size=64,
+                              anchor_size=8, rois=16).train()
+    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    assert len(norms) == 20 + 8  # of ResNet-18, and of the FPN's four inner and four layer blocks
+    assert all(type(m) is torch.nn.BatchNorm2d and m.training for m in norms)
+    assert all(p.requires_grad for p in model.parameters())
+    before = [m.running_mean.clone() for m in norms]
+    targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1])),
+               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
+    sum(model([torch.rand(3, 64, 64), torch.rand(3, 48, 64)], targets).values()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(not torch.equal(a, m.running_mean) for a, m in zip(before, norms))
+
+
+def test_the_papers_sizes():
+    model = ft.build_detector("resnet50", 20)
+    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert shapes["backbone.body.layer4.2.conv3.weight"] == (2048, 512, 1, 1)
+    assert shapes["backbone.fpn.inner_blocks.3.0.weight"] == (256, 2048, 1, 1)
+    assert shapes["backbone.fpn.layer_blocks.0.1.running_mean"] == (256,)
+    assert shapes["roi_heads.box_predictor.cls_score.weight"] == (21, 1024)
+    assert [*model.rpn.anchor_generator.sizes] == [(32,), (64,), (128,), (256,), (512,)]
+    assert model.roi_heads.detections_per_img == 100
+
+
+def test_weights_reach_the_detector_bit_for_bit(tmp_path):
+    torch.manual_seed(1)
+    stages = common.resnet_stages("resnet18")
+    common.export_backbone(stages, tmp_path / "backbone.pt")
+    model = ft.build_detector("resnet18", 3, 16, weights=str(tmp_path / "backbone.pt"))
+    body = model.backbone.body.state_dict()
+    assert body.keys() == stages.state_dict().keys()
+    assert all(torch.equal(v, body[k]) for k, v in stages.state_dict().items())
+    other = ft.build_detector("resnet18", 3, 16)
+    assert not torch.equal(other.backbone.body.conv1.weight, stages.conv1.weight)
+
+
+def test_learning_rate():
+    assert ft.learning_rate(0, 0.02, 100, [10, 20]) == pytest.approx(0.02 / 1000)
+    rates = [ft.learning_rate(step, 1.0, 10, [20, 30]) for step in (5, 10, 19, 20, 29, 30, 99)]
+    assert rates == pytest.approx([0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
+    assert ft.learning_rate(0, 1.0, 0, []) == 1
+
+
+class Oracle(torch.nn.Module):
+    """A detector that knows the answers by the image's mean, and is wrong about some of them."""
+
+    def __init__(self, data):
+        super().__init__()
+        self.register_buffer("shift", torch.rand(1))
+        self.known = {round(float(data[i][0].float().mean()), 3): data[i] for i in range(len(data))}
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            _, boxes, labels, _ = self.known[round(float((image * 255).mean()), 3)]
+            scores = torch.linspace(0.9, 0.4, len(boxes)) + 0.001 * len(boxes)
+            boxes = boxes + 4 * self.shift * (boxes[:, :1] % 3)
+            found.append(dict(boxes=boxes, labels=labels + 1, scores=scores))
+        return found
+
+
+class Silent:
+    def stop_if_asked(self):
+        pass
+
+
+def evaluate_everywhere(number, world, path):
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{path}/store{world}", rank=number, world_size=world)
+    data = ft.LabelledScenes(23, seed=3)
+    args = SimpleNamespace(batch_size=6, workers=0)
+    torch.manual_seed(number)  # statistics that differ between processes, as on CPUs
+    oracle = Oracle(data)
+    ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent())
+    (path / f"{world}-{number}.json").write_text(json.dumps(ap))
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
+    evaluate_everywhere(0, 1, tmp_path)
+    for world in (2, 3):
+        torch.multiprocessing.start_processes(evaluate_everywhere, (world, tmp_path), world,
+                                              start_method="spawn")
+    results = {p.name: p.read_text() for p in tmp_path.glob("*.json")}
+    assert len(results) == 6 and len(set(results.values())) == 1
+    assert 0.1 < json.loads(results["1-0.json"])["AP"] < 0.99
+
+
+def test_a_detector_that_is_right_gets_one(tmp_path):
+    data = ft.LabelledScenes(5, seed=3)
+    items = [data[i] for i in range(5)]
+    truths = [dict(boxes=b, labels=c, ignore=i) for _, b, c, i in items]
+    exact = [dict(boxes=b, labels=c, scores=torch.ones(len(c))) for _, b, c, _ in items]
+    assert coco_ap(truths, exact)["AP"] == pytest.approx(1)
+
+
+def test_voc_from_end_to_end(tmp_path, capsys):
+    things = [[("dog", 0, 1 + i, 5, 40 + i, 50), ("cat", i % 2, 50, 5, 75, 40)] for i in range(8)]
+    make_voc(tmp_path / "voc", things)
+    make_voc(tmp_path / "voc", things[:5], split="test")
+    words = (f"--dataset voc --data {tmp_path / 'voc'} --classes cat dog --arch resnet18 "
+             f"--batch-size 4 --fpn-channels 16 --rois 8 --min-size 48 64 --max-size 80 "
+             f"--iterations 4 --drops 3 "
+             f"--warmup 2 --log-every 2 --out {tmp_path / 'run'}").split()
+    for workers in ("0", "2"):
+        ft.main([*words, "--workers", workers, "--fresh"])
+        out = capsys.readouterr().out
+        assert "AP " in out and "AP50 " in out and "cat " in out and "dog " in out
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {
+        "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "log.csv"}
+    ap = json.loads((tmp_path / "run" / "ap.json").read_text())
+    assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"cat", "dog"}

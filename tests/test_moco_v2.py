@@ -20,8 +20,8 @@ def plain_encoder(encoder):
     """The same weights in torchvision's own ResNet, with ordinary batch norm and the head as fc."""
     resnet = torchvision.models.resnet18()
     resnet.fc = copy.deepcopy(encoder.head)
-    state = {k: v for k, v in encoder.stages.state_dict().items()}
-    resnet.load_state_dict({**state, **{f"fc.{k}": v for k, v in encoder.head.state_dict().items()}})
+    head = {f"fc.{k}": v for k, v in encoder.head.state_dict().items()}
+    resnet.load_state_dict({**encoder.stages.state_dict(), **head})
     return resnet.train()
 
 
@@ -66,10 +66,12 @@ def test_a_step_equals_the_papers_algorithm():
     torch.manual_seed(0)
     model = moco_v2.MoCo(**SMALL)
     f_q, f_k = plain_encoder(model.encoder_q), plain_encoder(model.encoder_k)
-    assert all(torch.equal(a, b) for a, b in zip(f_q.parameters(), f_k.parameters()))  # starts as a copy
+    for a, b in zip(f_q.parameters(), f_k.parameters()):
+        assert torch.equal(a, b)  # it starts as a copy
     queue, velocity = list(model.queue.keys.clone()), {}
     args = dict(tau=0.2, m=0.9, lr=0.005, weight_decay=1e-4)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.005, momentum=0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.005, momentum=0.9,
+                                weight_decay=1e-4)
     start = 0
     for step in range(4):  # 4 x 16 keys: the queue of 24 wraps
         x_q, x_k = torch.randn(2, 16, 3, 32, 32)
@@ -90,8 +92,9 @@ def test_a_step_equals_the_papers_algorithm():
             assert (found[name] - gradient).norm() < 1e-4 * gradient.norm(), name
         for ours, plain in ((model.encoder_q, f_q), (model.encoder_k, f_k)):
             for name, p in plain.named_parameters():
-                torch.testing.assert_close(by_name(ours)[name].detach(), p.detach(), atol=1e-5, rtol=1e-4)
-                p.data.copy_(by_name(ours)[name])  # so that rounding does not grow over the steps
+                updated = by_name(ours)[name].detach()
+                torch.testing.assert_close(updated, p.detach(), atol=1e-5, rtol=1e-4)
+                p.data.copy_(updated)  # so that rounding does not grow over the steps
         start = (start + 16) % 24
         ours = torch.cat([model.queue.keys[start:], model.queue.keys[:start]])  # oldest first
         torch.testing.assert_close(ours, torch.stack(queue), atol=2e-5, rtol=1e-4)
@@ -148,7 +151,7 @@ def test_defaults_are_the_papers_unless_scenes_are_used():
     assert moco_v2.parse_args(["--arch", "resnet34"]).arch == "resnet34"
 
 
-# -------------------------------------------------------------------------- two processes, one process
+# ---------------------------------------------------------------------- two processes, one process
 
 
 def one_step(model, view_q, view_k):
@@ -160,10 +163,10 @@ def one_step(model, view_q, view_k):
     return loss.detach(), moco
 
 
-def half(number, port, groups, path):
+def half(number, groups, path):
     """Process ``number`` of two: half of the batch, half of the groups."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=2)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=number, world_size=2)
     state, views = torch.load(path / "in.pt", weights_only=True)
     model = moco_v2.MoCo(**{**SMALL, "bn_groups": groups // 2})
     model.load_state_dict(state)
@@ -198,8 +201,7 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path, groups):
     model = moco_v2.MoCo(**{**SMALL, "bn_groups": groups})
     views = torch.randn(2, 16, 3, 32, 32)
     torch.save([model.state_dict(), views], tmp_path / "in.pt")
-    port = 29511 + groups
-    torch.multiprocessing.start_processes(half, (port, groups, tmp_path), 2, start_method="spawn")
+    torch.multiprocessing.start_processes(half, (groups, tmp_path), 2, start_method="spawn")
     loss, gradients, queue = torch.load(tmp_path / "out.pt", weights_only=True)
     expected, _ = one_step(model, *views)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
@@ -209,14 +211,14 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path, groups):
     assert torch.equal(queue["oldest"], model.queue.oldest)
 
 
-# ------------------------------------------------------------------------------------ a whole short run
+# -------------------------------------------------------------------------------- a whole short run
 
 
 def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     """train() itself, first batch to last: order of the step, schedule, queue fill, checkpoint."""
     torch.set_num_threads(1)
-    args = moco_v2.parse_args(f"--scenes 40 --epochs 2 --batch-size 16 --image-size 64 --queue-size 40 "
-                              f"--bn-groups 2 --workers 0 --out {tmp_path}".split())
+    args = moco_v2.parse_args(f"--scenes 40 --epochs 2 --batch-size 16 --image-size 64 --workers 0 "
+                              f"--queue-size 40 --bn-groups 2 --out {tmp_path}".split())
     moco_v2.main([str(x) for k, v in vars(args).items() if not isinstance(v, (bool, type(None)))
                   for x in ("--" + k.replace("_", "-"), v)])
     torch.manual_seed(args.seed)
@@ -248,7 +250,8 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     torch.testing.assert_close(ours, torch.stack(queue), atol=1e-4, rtol=1e-3)
     for ours, plain in ((model.encoder_q, f_q), (model.encoder_k, f_k)):
         for name, p in plain.named_parameters():
-            torch.testing.assert_close(by_name(ours)[name].detach(), p.detach(), atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(by_name(ours)[name].detach(), p.detach(), atol=1e-4,
+                                       rtol=1e-3)
     backbone = common.load_checkpoint(tmp_path / "backbone.pt")
     assert all(torch.equal(v, model.encoder_q.stages.state_dict()[k]) for k, v in backbone.items())
     assert len(backbone) == len(model.encoder_q.stages.state_dict())

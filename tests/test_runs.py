@@ -13,10 +13,11 @@ import common
 import finetune_fasterrcnn
 import moco_v2
 
-MOCO = ("moco_v2.py --scenes 48 --epochs 12 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 "
-        "--bn-groups 2 --log-every 2").split()
-DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 --batch-size 4 "
-            "--drops 20 --fpn-channels 16 --rois 8 --min-size 64 --log-every 2").split()
+MOCO = ("moco_v2.py --scenes 48 --epochs 12 --batch-size 16 --image-size 32 --queue-size 32 "
+        "--dim 16 --bn-groups 2 --log-every 2").split()
+DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 "
+            "--batch-size 4 --drops 20 --fpn-channels 16 --rois 8 --min-size 64 "
+            "--log-every 2").split()
 STEPS = {"moco_v2.py": 36, "finetune_fasterrcnn.py": 24}
 
 
@@ -37,13 +38,12 @@ def assert_identical(a, b, path="checkpoint"):
 
 
 def interrupt(words, out, processes, number, whole_group):
-    """Start, wait for the first checkpoint, send the signal a little later; the exit status."""
+    """Start, send the signal after the first checkpoint; exit status, step saved, stderr."""
     process = command(*words, processes=processes)
     deadline = time.monotonic() + 120
     while not (out / "checkpoint.pt").exists():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
-    time.sleep(0.3)
     (os.killpg if whole_group else os.kill)(process.pid, number)
     _, err = process.communicate(timeout=60)
     state = common.load_checkpoint(out / "checkpoint.pt")
@@ -81,7 +81,7 @@ def test_killed_and_started_again_ends_bit_identical(tmp_path, script, workers, 
     (0, signal.SIGTERM, False), (0, signal.SIGINT, True), (2, signal.SIGINT, True),
     (2, signal.SIGTERM, False)])
 def test_signals_save_before_they_leave(tmp_path, processes, number, whole_group):
-    words = [*MOCO, "--workers", 1, "--out", tmp_path]  # a terminal's Ctrl-C reaches the workers too
+    words = [*MOCO, "--workers", 1, "--out", tmp_path]
     start = time.monotonic()
     code, step, err = interrupt(words, tmp_path, processes, number, whole_group)
     assert code != 0
@@ -127,7 +127,8 @@ def refusal(main, words):
     return caught.value.code
 
 
-TINY = "--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --bn-groups 2 --workers 0".split()
+TINY = ("--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --bn-groups 2 "
+        "--workers 0").split()
 
 
 @pytest.mark.parametrize("flags, message", [
@@ -135,10 +136,26 @@ TINY = "--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --bn
     ("--queue-size 8", "queue size 8 is less than batch size 16"),
     ("--batch-size 160 --queue-size 320", "batch size 160 is more than all 120"),
     ("--arch resnet1", "unknown architecture resnet1"),
+    ("--epochs 0", "--epochs 0 is not"), ("--workers -1", "--workers -1 is not"),
+    ("--bn-groups 0", "--bn-groups 0 is not"), ("--crop-scale 2", "--crop-scale 2.0 is not"),
+    ("--log-every 0", "--log-every 0 is not"), ("--seed -1", "--seed -1 is not"),
+    ("--m nan", "--m nan is not"), ("--image-size 4", "--image-size 4 is not"),
 ])
 def test_moco_refuses(tmp_path, photos, flags, message):
     words = ["--data", photos, "--arch", "resnet18", *TINY, "--out", tmp_path, *flags.split()]
     assert message in refusal(moco_v2.main, words)
+
+
+def test_finetune_refuses(tmp_path):
+    for flags, message in (("--data x", "--data needs --dataset voc"),
+                           ("--dataset voc", "needs --data"),
+                           ("--dataset voc --data x", "x is not in VOC layout"),
+                           ("--weights x.pt", "no such file: x.pt"),
+                           ("--rois 0", "--rois 0 is not"),
+                           ("--batch-size 401", "batch size 401 is more than all 400"),
+                           ("--min-size 0 96", "--min-size [0, 96] is not"),
+                           (f"--weights {tmp_path}", "no such file")):
+        assert message in refusal(finetune_fasterrcnn.main, [*flags.split(), "--out", tmp_path])
 
 
 def test_folders_that_do_not_serve(tmp_path):
@@ -146,7 +163,8 @@ def test_folders_that_do_not_serve(tmp_path):
     (tmp_path / "file").write_text("")
     for folder, message in (("none", "no such folder"), ("empty", "no images below"),
                             ("file", "no such folder")):
-        assert message in refusal(moco_v2.main, ["--data", tmp_path / folder, "--out", tmp_path / "o"])
+        words = ["--data", tmp_path / folder, "--out", tmp_path / "o"]
+        assert message in refusal(moco_v2.main, words)
     assert refusal(moco_v2.main, [*TINY, "--scenes", 32, "--out", tmp_path / "file"])
 
 
@@ -158,7 +176,8 @@ def test_the_same_command_again_and_another_one(tmp_path, capsys):
     capsys.readouterr()
     moco_v2.main([str(w) for w in [*words, "--log-every", 7]])  # may differ
     assert "finished" in capsys.readouterr().out
-    assert (tmp_path / "checkpoint.pt").read_bytes() == state and (tmp_path / "backbone.pt").exists()
+    assert (tmp_path / "checkpoint.pt").read_bytes() == state
+    assert (tmp_path / "backbone.pt").exists()
     error = refusal(moco_v2.main, [*words, "--tau", 0.3, "--seed", 1])
     assert "seed 0 (now 1), tau 0.2 (now 0.3)" in error and "workers" not in error
     assert "of moco_v2, not of finetune" in refusal(
@@ -168,6 +187,11 @@ def test_the_same_command_again_and_another_one(tmp_path, capsys):
     assert common.load_checkpoint(tmp_path / "checkpoint.pt")["args"]["tau"] == 0.3
     with open(tmp_path / "log.csv") as file:
         assert len(file.readlines()) == 3  # a header, and the end of two epochs
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("7,0.5,\0")  # a power cut
+    moco_v2.main([str(w) for w in [*words, "--tau", 0.3]])
+    with open(tmp_path / "log.csv") as file:
+        assert len(file.readlines()) == 3
 
     (tmp_path / "checkpoint.pt").write_bytes(state[:1000])
     assert "read safely" in refusal(moco_v2.main, words)

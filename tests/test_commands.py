@@ -1,0 +1,71 @@
+"""The README's commands parse, and the tables of equations in the docstrings name what exists."""
+import importlib
+import re
+import shlex
+
+import pytest
+from conftest import ROOT
+
+SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
+METHODS = [s for s in SCRIPTS if "def forward" in (ROOT / f"{s}.py").read_text()]
+
+
+def commands():
+    """Every line of a code block, and of a docstring, that starts one of the scripts."""
+    texts = {"README.md": (ROOT / "README.md").read_text()}
+    texts.update({f"{s}.py": importlib.import_module(s).__doc__ for s in SCRIPTS})
+    for name, text in texts.items():
+        for line in re.sub(r"\\\n\s*", "", text).splitlines():
+            for part in line.split("&&"):
+                found = re.match(r"\s*(python|torchrun)\s.*?(?P<script>\S+)\.py(?P<rest>.*)",
+                                 part.split("  #")[0])
+                if found:
+                    rest = re.split(r"\s{3,}", found["rest"])[0]  # docstrings explain at the right
+                    yield name, found["script"], shlex.split(rest)
+
+
+FOUND = list(commands())
+
+
+def test_there_are_commands():
+    assert len([name for name, *_ in FOUND if name == "README.md"]) >= 6
+    assert {script for _, script, _ in FOUND} >= {"moco_v2", "finetune_fasterrcnn", "scenes"}
+
+
+@pytest.mark.parametrize("name, script, words", FOUND)
+def test_command_parses(name, script, words):
+    assert (ROOT / f"{script}.py").is_file()
+    module = importlib.import_module(script.replace("/", "."))
+    if hasattr(module, "parse_args"):
+        module.parse_args(words)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_equations_name_what_exists(name):
+    module = importlib.import_module(name)
+    table = module.__doc__.split("Equations")[1].split("Commands")[0]
+    names = re.findall(r"\b(?:common|[A-Z]\w+)\.\w+\b", table)
+    assert len(names) >= 3
+    for path in names:
+        owner, attribute = path.split(".")
+        owner = importlib.import_module("common") if owner == "common" else getattr(module, owner)
+        assert callable(getattr(owner, attribute)), path
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_symbols_are_in_the_code(name):
+    module = importlib.import_module(name)
+    code = (ROOT / f"{name}.py").read_text().replace(module.__doc__, "")
+    rows = module.__doc__.split("Symbols")[1].split("Equations")[0].strip().splitlines()[1:]
+    for row in rows:
+        for symbol in re.split(r"\s{2,}", row.strip())[1].split(", "):
+            assert re.search(rf"\b{re.escape(symbol)}\b", code), symbol
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_method_files_stand_alone(name):
+    """A copy of the file needs common.py, and the built-in scenes only when they are asked for."""
+    text = (ROOT / f"{name}.py").read_text()
+    imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) & {*SCRIPTS, "common"}
+    assert imported <= {"common", "scenes"}
+    assert not re.search(r"^(from|import) scenes", text, re.M)
