@@ -22,6 +22,7 @@ Where this differs from the papers, or they are silent
 """
 import argparse
 import json
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 
@@ -385,11 +386,11 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
 
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
-    many = 10**9
-    check(args, train_scenes=(1, many), test_scenes=(1, many), iterations=(1, many),
-          batch_size=(1, many), lr=(0, 1e3), warmup=(0, many), drops=(0, many), weight_decay=(0, 1),
-          min_size=(32, many), max_size=(32, many), fpn_channels=(1, many), anchor_size=(1, many),
-          rois=(1, many), workers=(0, 1000), seed=(0, 2**63), log_every=(1, many))
+    inf = math.inf
+    check(args, train_scenes=(1, inf), test_scenes=(1, inf), iterations=(1, inf),
+          batch_size=(1, inf), lr=(0, inf), warmup=(0, inf), drops=(0, inf), weight_decay=(0, inf),
+          min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf), anchor_size=(1, inf),
+          rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
     if args.dataset == "scenes" and args.data is not None:
         raise InputError("--data needs --dataset voc")
     if args.dataset == "scenes":

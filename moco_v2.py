@@ -58,24 +58,25 @@ def parse_args(argv=None):
     add = parser.add_argument_group("recipe (section of MoCo v2, or of MoCo)").add_argument
     parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
-    add("--epochs", type=int, default=200)
+    add("--epochs", type=int, default=200, help="passes over the images (MoCo v2, Table 1)")
     add("--batch-size", type=int, default=256, help="of all processes together (MoCo 3.3)")
     add("--lr", type=float, default=0.03, help="for each 256 images of the batch (MoCo 3.3)")
-    add("--weight-decay", type=float, default=1e-4)
+    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 3.3)")
     add("--image-size", type=int, default=224, help="side of a view in pixels")
     add("--crop-scale", type=float, default=0.2, help="least share of the image in a view")
     add("--p-blur", type=float, default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
     add("--dim", type=int, default=128, help="D")
     add("--queue-size", type=int, default=65536, help="K, the number of negatives")
-    add("--m", type=float, default=0.999, help="momentum of the key encoder (MoCo 3.2)")
+    add("--momentum", type=float, default=0.999, help="m, of the key encoder (MoCo 3.2)")
     add("--tau", type=float, default=0.2, help="temperature (MoCo v2, 3)")
     add("--bn-groups", type=int, default=8, help="parts of the batch that batch norm sees apart")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
     add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/moco_v2")
-    if parser.parse_known_args(argv)[0].data is None:  # small enough for two CPU cores
-        parser.set_defaults(arch="resnet18", image_size=64, epochs=6, batch_size=64, lr=0.06,
-                            queue_size=256, m=0.99, bn_groups=4)
+    if parser.parse_known_args(argv)[0].data is None:  # 3 minutes on two CPU cores
+        parser.set_defaults(arch="resnet18", image_size=48, epochs=7, batch_size=64, lr=0.06,
+                            queue_size=256, momentum=0.99, bn_groups=4, crop_scale=0.4,
+                            p_blur=0.0)
     return parser.parse_args(argv)
 
 
@@ -122,10 +123,11 @@ class MoCo(nn.Module):
 
 def train(args, device):
     """Pre-train as ``args`` say; the run's folder holds everything that comes of it."""
-    check(args, epochs=(1, 10**6), batch_size=(1, 10**6), lr=(0, 1e3), weight_decay=(0, 1),
-          image_size=(8, 10**4), crop_scale=(1e-3, 1), p_blur=(0, 1), dim=(1, 10**5), m=(0, 1),
-          tau=(1e-3, 1e3), queue_size=(1, 10**9), bn_groups=(1, 10**6), scenes=(1, 10**9),
-          workers=(0, 1000), seed=(0, 2**63), log_every=(1, 10**9))
+    inf = math.inf
+    check(args, epochs=(1, inf), batch_size=(1, inf), lr=(0, inf), weight_decay=(0, inf),
+          image_size=(8, inf), crop_scale=(1e-3, 1), p_blur=(0, 1), dim=(1, inf), tau=(1e-3, inf),
+          queue_size=(1, inf), momentum=(0, 1), bn_groups=(1, inf), scenes=(1, inf),
+          workers=(0, inf), seed=(0, inf), log_every=(1, inf))
     if args.data is None:
         from scenes import Scenes
         images = Scenes(args.scenes, size=96, seed=0, cache=True)
@@ -135,7 +137,7 @@ def train(args, device):
     per_epoch = steps_per_epoch(images, args.batch_size)
     if args.queue_size < args.batch_size:
         raise InputError(f"queue size {args.queue_size} is less than batch size {args.batch_size}")
-    age = args.queue_size / args.batch_size * (1 - args.m)
+    age = args.queue_size / args.batch_size * (1 - args.momentum)
     if rank() == 0 and args.queue_size > len(images) / 4:
         print(f"warning: a queue of {args.queue_size} is more than a quarter of {len(images)} "
               "images: an image meets its own earlier keys as negatives")
@@ -144,7 +146,8 @@ def train(args, device):
               "encoder, and queries can be told from them by that alone")
 
     torch.manual_seed(args.seed)
-    model = MoCo(args.arch, args.dim, args.queue_size, args.m, args.tau, groups).to(device)
+    model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau,
+                 groups).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)

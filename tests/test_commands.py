@@ -4,6 +4,7 @@ import re
 import shlex
 
 import pytest
+import torch.distributed.run
 from conftest import ROOT
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
@@ -38,6 +39,23 @@ def test_command_parses(name, script, words):
     module = importlib.import_module(script.replace("/", "."))
     if hasattr(module, "parse_args"):
         module.parse_args(words)
+
+
+def test_the_readmes_line_counts():
+    rows = re.findall(r"\| `(\w+\.py)` \|.*?\| (\d+) \|", (ROOT / "README.md").read_text())
+    assert len(rows) >= 2
+    for name, lines in rows:
+        assert int(lines) == len((ROOT / name).read_text().splitlines()), name
+
+
+@pytest.mark.parametrize("name", [s for s in SCRIPTS if s != "scenes"])
+def test_torchrun_takes_no_flag_for_its_own(name):
+    """torchrun stops at a script's flag that could be short for one of its own, such as --m."""
+    theirs = torch.distributed.run.get_args_parser()._option_string_actions
+    text = (ROOT / f"{name}.py").read_text() + (ROOT / "common.py").read_text()
+    ours = set(re.findall(r'"(--[\w-]+)"', text))
+    assert "--out" in ours and "--batch-size" in ours
+    assert not [(a, b) for a in ours for b in theirs if b.startswith(a) and a != b]
 
 
 @pytest.mark.parametrize("name", METHODS)

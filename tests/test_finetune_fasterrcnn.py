@@ -499,3 +499,17 @@ def test_voc_from_end_to_end(tmp_path, capsys):
         "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "log.csv"}
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
     assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"cat", "dog"}
+
+
+def test_mixed_precision_leaves_boxes_in_float32():
+    torch.manual_seed(0)
+    model = ft.build_detector("resnet18", 3, 16, min_size=[640], max_size=640, rois=8).train()
+    truth = torch.tensor([[321.3, 130.7, 611.9, 399.1]])
+    seen = []
+    model.roi_heads.box_coder.encode = lambda truths, proposals: seen.append((truths, proposals)) or [
+        torch.zeros_like(p) for p in proposals]
+    with torch.autocast("cpu", torch.bfloat16):
+        model([torch.rand(3, 640, 640)], [dict(boxes=truth, labels=torch.tensor([1]))])
+    (truths, proposals), = seen
+    assert truths[0].dtype == proposals[0].dtype == torch.float32
+    assert (truths[0] - truth).abs().min() < 1e-3 and (proposals[0][-1] - truth).abs().max() < 1e-3

@@ -144,7 +144,8 @@ def test_sizes_of_the_paper():
 def test_defaults_are_the_papers_unless_scenes_are_used():
     args = vars(moco_v2.parse_args(["--data", "somewhere"]))
     paper = dict(arch="resnet50", epochs=200, batch_size=256, lr=0.03, weight_decay=1e-4, dim=128,
-                 image_size=224, crop_scale=0.2, queue_size=65536, m=0.999, tau=0.2, bn_groups=8)
+                 image_size=224, crop_scale=0.2, queue_size=65536, momentum=0.999, tau=0.2,
+                 bn_groups=8)
     assert {k: args[k] for k in paper} == paper
     small = moco_v2.parse_args([])
     assert small.arch == "resnet18" and small.queue_size < 4000
@@ -222,7 +223,7 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     moco_v2.main([str(x) for k, v in vars(args).items() if not isinstance(v, (bool, type(None)))
                   for x in ("--" + k.replace("_", "-"), v)])
     torch.manual_seed(args.seed)
-    model = moco_v2.MoCo("resnet18", 128, 40, args.m, args.tau, 2)
+    model = moco_v2.MoCo("resnet18", 128, 40, args.momentum, args.tau, 2)
     f_q, f_k = plain_encoder(model.encoder_q), plain_encoder(model.encoder_k)
     from scenes import Scenes
     data = Scenes(40, size=96, seed=0)
@@ -241,7 +242,7 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
         else:
             lr = args.lr * 16 / 256 * 0.5 * (1 + math.cos(math.pi * step / 4))
             transcribed_step(f_q, f_k, queue, velocity, x_q, x_k, order, 2,
-                             dict(tau=args.tau, m=args.m, lr=lr, weight_decay=1e-4))
+                             dict(tau=args.tau, m=args.momentum, lr=lr, weight_decay=1e-4))
     state = common.load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["step"] == 4 and state["method"] == "moco_v2"
     model.load_state_dict(state["model"])

@@ -139,7 +139,7 @@ TINY = ("--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --b
     ("--epochs 0", "--epochs 0 is not"), ("--workers -1", "--workers -1 is not"),
     ("--bn-groups 0", "--bn-groups 0 is not"), ("--crop-scale 2", "--crop-scale 2.0 is not"),
     ("--log-every 0", "--log-every 0 is not"), ("--seed -1", "--seed -1 is not"),
-    ("--m nan", "--m nan is not"), ("--image-size 4", "--image-size 4 is not"),
+    ("--momentum nan", "--momentum nan is not"), ("--image-size 4", "--image-size 4 is not"),
 ])
 def test_moco_refuses(tmp_path, photos, flags, message):
     words = ["--data", photos, "--arch", "resnet18", *TINY, "--out", tmp_path, *flags.split()]
@@ -227,7 +227,7 @@ def test_warnings_of_queues_that_do_not_fit(tmp_path, capsys):
     moco_v2.main([str(w) for w in [*TINY, "--epochs", 1, "--scenes", 64, "--out", tmp_path / "a"]])
     out = capsys.readouterr().out
     assert "more than a quarter of 64 images" in out and "(K/B)(1-m)" not in out
-    moco_v2.main([str(w) for w in [*TINY, "--epochs", 1, "--scenes", 128, "--m", 0.5,
+    moco_v2.main([str(w) for w in [*TINY, "--epochs", 1, "--scenes", 128, "--momentum", 0.5,
                                    "--out", tmp_path / "b"]])
     out = capsys.readouterr().out
     assert "quarter" not in out and "(K/B)(1-m) is 1.00" in out
@@ -240,4 +240,4 @@ def test_random_queue_starts_random(tmp_path):
     spread = {name: common.load_checkpoint(tmp_path / name / "checkpoint.pt")["model"]["queue.keys"]
               for name in ("random", "filled")}
     # 64 keys of the untrained encoder went in; the other 64 rows are what the queue started with
-    assert spread["random"][64:].std(0).mean() > 0.2 > 2 * spread["filled"][64:].std(0).mean()
+    assert spread["random"][64:].std(0).mean() > 0.2 > spread["filled"][64:].std(0).mean()
