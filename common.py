@@ -366,7 +366,8 @@ def info_nce(q, k, negatives, tau, chunk=None):
 def contrast_statistics(q, k, negatives):
     """What to watch beside the loss, as 0-dim tensors: the share of queries whose key beats all
     negatives, the mean similarities, and the mean deviation of a query's coordinate, which falls to
-    0 when all queries become one and is 1/sqrt(D) when they fill the sphere."""
+    0 when all queries become one and is 1/sqrt(D) when they fill the sphere.  Makes (N, K)
+    similarities at once: for many rows, give it some of them."""
     q, k, negatives = q.detach().float(), k.float(), negatives.float()
     with torch.autocast(q.device.type, enabled=False):
         positive, others = (q * k).sum(1), q @ negatives.T  # (N,), (N, K)

@@ -506,8 +506,12 @@ def test_mixed_precision_leaves_boxes_in_float32():
     model = ft.build_detector("resnet18", 3, 16, min_size=[640], max_size=640, rois=8).train()
     truth = torch.tensor([[321.3, 130.7, 611.9, 399.1]])
     seen = []
-    model.roi_heads.box_coder.encode = lambda truths, proposals: seen.append((truths, proposals)) or [
-        torch.zeros_like(p) for p in proposals]
+
+    def encode(truths, proposals):
+        seen.append((truths, proposals))
+        return [torch.zeros_like(p) for p in proposals]
+
+    model.roi_heads.box_coder.encode = encode
     with torch.autocast("cpu", torch.bfloat16):
         model([torch.rand(3, 640, 640)], [dict(boxes=truth, labels=torch.tensor([1]))])
     (truths, proposals), = seen
