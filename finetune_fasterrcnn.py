@@ -73,8 +73,8 @@ def parse_args(argv=None):
     add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on")
     add_run_arguments(parser, out="runs/finetune")
     if parser.parse_known_args(argv)[0].dataset == "scenes":  # small enough for two CPU cores
-        parser.set_defaults(arch="resnet18", iterations=480, batch_size=8, lr=0.04, warmup=40,
-                            drops=[360, 440], min_size=[96], max_size=96, fpn_channels=64,
+        parser.set_defaults(arch="resnet18", iterations=400, batch_size=8, lr=0.04, warmup=40,
+                            drops=[300, 360], min_size=[96], max_size=96, fpn_channels=64,
                             anchor_size=8, rois=64)
     return parser.parse_args(argv)
 
@@ -357,8 +357,8 @@ def evaluate(model, dataset, args, device, run):
     return coco_ap([t for _, t, _ in together], [d for _, _, d in together])
 
 
-def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
-    """A picture of the first images: above their annotations, below what is detected."""
+def draw_detections(model, dataset, device, path, number=6, best=5):
+    """A picture of the first images: above their annotations, below their best detections."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     items = [dataset[i] for i in range(min(number, len(dataset)))]
@@ -366,7 +366,7 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
     figure = Figure((2.6 * len(items), 5.6), layout="constrained")
     axes = figure.subplots(2, len(items), squeeze=False)
     for (image, boxes, labels, _), seen, (above, below) in zip(items, found, axes.T):
-        sure = [seen[key][seen["scores"] >= threshold] for key in ("boxes", "labels", "scores")]
+        sure = [seen[key][:best] for key in ("boxes", "labels", "scores")]
         for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
                                           (below, *sure)):
             ax.imshow(image.permute(1, 2, 0).numpy())
@@ -377,7 +377,7 @@ def draw_detections(model, dataset, device, path, number=6, threshold=0.5):
                 name = dataset.classes[label] + ("" if score is None else f" {score:.2f}")
                 ax.text(x1, y1, name, fontsize=8, color="white", va="bottom",
                         bbox=dict(facecolor=colour, edgecolor="none", pad=1))
-    figure.suptitle(f"above: annotations; below: detections with a score of at least {threshold}")
+    figure.suptitle(f"above: annotations; below: the {best} best detections, with their scores")
     figure.savefig(path, dpi=80)
 
 
