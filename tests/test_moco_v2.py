@@ -219,7 +219,8 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     """train() itself, first batch to last: order of the step, schedule, queue fill, checkpoint."""
     torch.set_num_threads(1)
     args = moco_v2.parse_args(f"--scenes 40 --epochs 2 --batch-size 16 --image-size 64 --workers 0 "
-                              f"--queue-size 40 --bn-groups 2 --out {tmp_path}".split())
+                              f"--queue-size 40 --bn-groups 2 --p-blur 0.5 "
+                              f"--out {tmp_path}".split())
     moco_v2.main([str(x) for k, v in vars(args).items() if not isinstance(v, (bool, type(None)))
                   for x in ("--" + k.replace("_", "-"), v)])
     torch.manual_seed(args.seed)
@@ -227,13 +228,13 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     f_q, f_k = plain_encoder(model.encoder_q), plain_encoder(model.encoder_k)
     from scenes import Scenes
     data = Scenes(40, size=96, seed=0)
-    cut = partial(moco_v2.two_views, size=64, scale=(0.2, 1.0))
+    cut = partial(moco_v2.two_views, size=64, scale=(args.crop_scale, 1.0))
     queue, velocity = [], {}
     for step, (v_q, v_k) in zip([*range(4, 7), *range(4)],
                                 [*common.load_batches(data, cut, 16, range(4, 7), 0, 0),
                                  *common.load_batches(data, cut, 16, range(4), 0, 0)]):
         torch.manual_seed(common.seed_for(0, step, 0))
-        x_q, x_k = common.photometric(v_q.pixels), common.photometric(v_k.pixels)
+        x_q, x_k = (common.photometric(v.pixels, p_blur=args.p_blur) for v in (v_q, v_k))
         order = torch.randperm(16)
         if step >= 4:  # the fill: 48 keys, of which the last 40 stay
             with torch.no_grad():

@@ -13,12 +13,12 @@ import common
 import finetune_fasterrcnn
 import moco_v2
 
-MOCO = ("moco_v2.py --scenes 48 --epochs 12 --batch-size 16 --image-size 32 --queue-size 32 "
+MOCO = ("moco_v2.py --scenes 48 --epochs 9 --batch-size 16 --image-size 32 --queue-size 32 "
         "--dim 16 --bn-groups 2 --log-every 2").split()
 DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 "
             "--batch-size 4 --drops 20 --fpn-channels 16 --rois 8 --min-size 64 "
             "--log-every 2").split()
-STEPS = {"moco_v2.py": 36, "finetune_fasterrcnn.py": 24}
+STEPS = {"moco_v2.py": 27, "finetune_fasterrcnn.py": 24}
 
 
 def assert_identical(a, b, path="checkpoint"):
@@ -55,14 +55,15 @@ def interrupt(words, out, processes, number, whole_group):
     (MOCO, 0, 0), (MOCO, 2, 0), (MOCO, 0, 2), (MOCO, 2, 2), (DETECTOR, 2, 0), (DETECTOR, 0, 2)])
 def test_killed_and_started_again_ends_bit_identical(tmp_path, script, workers, processes):
     words = [*script, "--workers", workers]
-    code, out, err = run(*words, "--out", tmp_path / "whole", processes=processes)
-    assert code == 0, err
+    uninterrupted = command(*words, "--out", tmp_path / "whole", processes=processes)
     again = [*words, "--out", tmp_path / "killed"]
     code, *_ = interrupt(again, tmp_path / "killed", processes, signal.SIGKILL,
                          whole_group=not processes)  # of torchrun alone: the others must follow it
     assert code == -signal.SIGKILL
     code, out, err = run(*again, processes=processes)
     assert code == 0 and "going on after step" in out, err
+    _, err = uninterrupted.communicate(timeout=300)
+    assert uninterrupted.returncode == 0, err
     whole, killed = (common.load_checkpoint(tmp_path / name / "checkpoint.pt")
                      for name in ("whole", "killed"))
     assert whole["step"] == STEPS[script[0]]
@@ -72,6 +73,10 @@ def test_killed_and_started_again_ends_bit_identical(tmp_path, script, workers, 
         with open(tmp_path / name / "log.csv", newline="") as file:
             logs.append([{**row, "images_per_s": ""} for row in csv.DictReader(file)])
     assert logs[0] == logs[1]
+    names = {"args.json", "checkpoint.pt", "curves.png", "log.csv"}
+    names |= {"ap.json", "detections.png"} if script is DETECTOR else {"backbone.pt"}
+    assert {p.name for p in (tmp_path / "killed").iterdir()} == names
+    assert out.count(f"step {whole['step']}/") == 1  # said once for all processes
     if script is DETECTOR:
         ap = [json.loads((tmp_path / name / "ap.json").read_text()) for name in ("whole", "killed")]
         assert ap[0] == ap[1]
@@ -87,23 +92,12 @@ def test_signals_save_before_they_leave(tmp_path, processes, number, whole_group
     assert code != 0
     if not processes:
         assert code == 128 + number and not err.strip()
+        return
     code, out, err = run(*words, processes=processes)
     assert code == 0 and f"going on after step {step}" in out
     with open(tmp_path / "log.csv", newline="") as file:
         steps = [int(row["step"]) for row in csv.DictReader(file)]
-    assert steps == sorted(set(steps)) and steps[-1] == 36 and step in steps
-
-
-def test_two_processes_fill_the_folder_once(tmp_path):
-    code, out, err = run(*MOCO, "--workers", 0, "--out", tmp_path, processes=2)
-    assert code == 0, err
-    assert {p.name for p in tmp_path.iterdir()} == {"args.json", "backbone.pt", "checkpoint.pt",
-                                                    "curves.png", "log.csv"}
-    assert out.count("step 36/36") == 1
-    with open(tmp_path / "log.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert [int(r["step"]) for r in rows] == sorted({*range(2, 37, 2), *range(3, 37, 3)})
-    assert all(float(r["loss"]) > 0 for r in rows)
+    assert steps == sorted(set(steps)) and steps[-1] == 27 and step in steps
 
 
 def test_bad_input_is_one_line_in_every_process(tmp_path):
