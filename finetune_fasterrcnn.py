@@ -366,9 +366,9 @@ def draw_detections(model, dataset, device, path, number=6, best=5):
     figure = Figure((2.6 * len(items), 5.6), layout="constrained")
     axes = figure.subplots(2, len(items), squeeze=False)
     for (image, boxes, labels, _), seen, (above, below) in zip(items, found, axes.T):
-        sure = [seen[key][:best] for key in ("boxes", "labels", "scores")]
+        top = [seen[key][:best] for key in ("boxes", "labels", "scores")]
         for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
-                                          (below, *sure)):
+                                          (below, *top)):
             ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set_axis_off()
             for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
