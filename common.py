@@ -339,7 +339,7 @@ def mlp(c_in, hidden, c_out):
 
 
 def info_nce(q, k, negatives, tau, chunk=None):
-    """InfoNCE: -log exp(q.k/tau) / (exp(q.k/tau) + sum_j exp(q.n_j/tau)), mean over the N rows.
+    """-log exp(q.k/tau) / (exp(q.k/tau) + sum_j exp(q.n_j/tau)), mean over N rows (MoCo, Eq. 1).
 
     q, k: (N, D); negatives: (K, D); unit rows.  Returns a float32 scalar (0 for N = 0).
     ``chunk`` rows of logits at a time exist in memory (about 2**25 logits by default); where that
@@ -396,14 +396,14 @@ class Queue(nn.Module):
 
 
 def momentum_update(online, target, m):
-    """theta_target <- m theta_target + (1 - m) theta_online, parameter by parameter."""
+    """theta_target <- m theta_target + (1 - m) theta_online, each parameter (MoCo, Eq. 2)."""
     get_ema_multi_avg_fn(m)(list(target.parameters()), list(online.parameters()), None)
 
 
 @torch.no_grad()
 def shuffled(encoder, images):
-    """Shuffling BN: ``encoder`` sees the images of all processes in a random order, so that a key
-    shares its batch norm group with other images than its query does.
+    """Shuffling BN (MoCo, 3.3): ``encoder`` sees the images of all processes in a random order, so
+    that a key shares its batch norm group with other images than its query does.
 
     images: (B, 3, H, W) of this process; encoder: images -> (B, ...) or a list of such.
     Returns what it gives for this process's images, in their order.
@@ -650,7 +650,7 @@ class Run:
     def stop_if_asked(self):
         """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number."""
         if self.parent not in (None, os.getppid()):
-            os._exit(1)  # torchrun was killed, and cannot end its processes any more
+            os._exit(1)  # torchrun was killed: nothing else would end this process
         number = torch.tensor(self.signal)
         if world_size() > 1:
             dist.all_reduce(number, dist.ReduceOp.MAX)

@@ -14,7 +14,10 @@ Commands
 DIR holds VOCdevkit/VOC2007, or is itself in VOC's layout (Annotations, ImageSets, JPEGImages).
 
 Where this differs from the papers, or they are silent
-    - `difficult` objects of VOC are left out of training and ignored in the evaluation.
+    - The defaults put the papers' VOC schedule, sizes and batch on an FPN; theirs was a C4 head.
+    - The RPN keeps 4 times --rois proposals in training and 2 times in testing.
+    - `difficult` objects of VOC are left out of training and ignored in the evaluation; a box whose
+      xmax is not above its xmin, or ymax above its ymin, counts as one without area.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own, and the
       evaluation uses the first one's statistics.
     - On GPUs: bfloat16, with boxes and losses in float32; RoIAlign's backward pass adds in no fixed

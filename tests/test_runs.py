@@ -87,7 +87,6 @@ def test_killed_and_started_again_ends_bit_identical(tmp_path, script, workers, 
     (2, signal.SIGTERM, False)])
 def test_signals_save_before_they_leave(tmp_path, processes, number, whole_group):
     words = [*MOCO, "--workers", 1, "--out", tmp_path]
-    start = time.monotonic()
     code, step, err = interrupt(words, tmp_path, processes, number, whole_group)
     assert code != 0
     if not processes:
