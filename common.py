@@ -10,6 +10,9 @@ import csv
 import json
 import math
 import os
+import pickle
+import re
+import shlex
 import shutil
 import signal
 import sys
@@ -33,6 +36,10 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DETECTRON2 = [  # its names of a ResNet's tensors, whatever stands before them -> torchvision's
+    (r"\bstem\.conv1\.norm\.", "bn1."), (r"\bstem\.", ""), (r"\bconv(\d)\.norm\.", r"bn\1."),
+    (r"\bres([2-5])\.(?=\d)", lambda found: f"layer{int(found[1]) - 1}."),
+    (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0.")]
 
 
 class InputError(ValueError):
@@ -479,7 +486,8 @@ def check(args, **bounds):
     """InputError where a number of the command's arguments is not within its (least, most)."""
     for name, (least, most) in bounds.items():
         value = getattr(args, name)
-        if not all(least <= v <= most for v in (value if isinstance(value, list) else [value])):
+        values = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(least <= v <= most for v in values):
             raise InputError(f"--{name.replace('_', '-')} {value} is not from {least} to {most}")
 
 
@@ -499,7 +507,8 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     """What save_checkpoint wrote, or any file of tensors, on the CPU.  Raises InputError.
 
-    Only tensors and plain containers are read (weights_only=True): no code in a file is run.
+    Only tensors and plain containers are read (weights_only=True): no code in a file is run.  The
+    error for a file that pickles more than these has a command that converts it.
     """
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
@@ -507,8 +516,22 @@ def load_checkpoint(path):
         with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's holds its arguments
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        reason = str(error).strip().split("\n")[0].split(". ")[0]
-        raise InputError(f"{path} holds no tensors that can be read safely: {reason}") from None
+        with open(path, "rb") as file:
+            start = file.read(4)
+        reason = " ".join(str(error).split())
+        if not isinstance(error, pickle.UnpicklingError) or not start.startswith((b"PK", b"\x80")):
+            raise InputError(f"{path} holds no tensors that can be read: "
+                             f"{reason[:100] or 'it is empty'}") from None
+    name, new = json.dumps(os.fspath(path)), json.dumps(f"{path}.tensors.pt")
+    load = (f'torch.load({name}, "cpu", weights_only=False)'
+            if start in (b"PK\x03\x04", b"\x80\x02\x8a\n") else f'pickle.load(open({name}, "rb"))')
+    code = (f'import pickle, torch; d = {load}; d = d.get("state_dict", d.get("model", d)); '
+            'torch.save({k: torch.as_tensor(v) for k, v in d.items() if hasattr(v, "shape")}, '
+            f'{new})')
+    reason = re.search(r"Unsupported (global: GLOBAL )?\S+ ?\S+|$", reason)[0] or "a pickle"
+    raise InputError(f"{path} holds more than tensors ({reason}), and unpickling it can run code; "
+                     f"if you trust it, python -c {shlex.quote(code)} keeps its tensors in "
+                     f"{path}.tensors.pt")
 
 
 def export_backbone(stages, path):
@@ -518,35 +541,51 @@ def export_backbone(stages, path):
 
 
 def load_backbone(stages, path):
-    """Copy a pre-trained ResNet into ``stages``, whatever prefix its file has before conv1.weight.
+    """Copy a pre-trained ResNet into ``stages``, from the names of the file's tensors alone.
 
-    Reads the files of export_backbone, torchvision, and the public MoCo, DetCo, SoCo and Barlow
-    Twins; of several backbones in one file it takes the first, which is the trained, not the
-    averaged one.  Says what was loaded.  Raises InputError when a tensor is missing or has
-    another shape: a half-loaded backbone would look like a bad method.
+    Reads torchvision's names (ours; also Barlow Twins', VICReg's, OpenSelfSup's backbones) under
+    any prefix (MoCo: module.encoder_q., SoCo: module.encoder., ...), and detectron2's (res2.0...).
+    Of several backbones it takes the trained one, not its average.  Says what was loaded.
+    Returns the rest of the file, name -> tensor.  Raises InputError, and loads nothing, where a
+    tensor is missing, not finite or of another shape: half of a backbone looks like a bad method.
     """
     state = load_checkpoint(path)
     for nested in ("state_dict", "model"):
         state = state[nested] if isinstance(state, dict) and nested in state else state
-    names = state if isinstance(state, dict) else ()
-    prefix = next((n[:-len("conv1.weight")] for n in names if n.endswith("conv1.weight")
-                   and n[:-len("conv1.weight")] + "layer1.0.conv1.weight" in names), None)
-    if prefix is None:
-        raise InputError(f"{path} holds no ResNet: no conv1.weight and layer1 in it")
-    found = {n[len(prefix):]: v for n, v in state.items() if n.startswith(prefix)}
-    wanted = stages.state_dict()
-    for name, tensor in wanted.items():
-        if name not in found and not name.endswith("num_batches_tracked"):
-            raise InputError(f"{path}: {prefix}{name} is missing")
-        if name in found and found[name].shape != tensor.shape:
-            raise InputError(f"{path}: {prefix}{name} is {tuple(found[name].shape)}, not "
+    state = state if isinstance(state, dict) else {}
+    names = {str(name): name for name in state}  # torchvision's -> the file's
+    if any("res2.0.conv1." in name for name in names):
+        for pattern, new in DETECTRON2:
+            names = {re.sub(pattern, new, name): old for name, old in names.items()}
+    prefixes = [name[:-len("conv1.weight")] for name in names if name.endswith("conv1.weight")]
+    prefixes = [p for p in prefixes if p + "layer1.0.conv1.weight" in names]
+    if not prefixes:
+        raise InputError(f"{path} holds no ResNet: no conv1.weight and layer1 (or res2) in it")
+    averaged = re.compile(r"_k\b|_m\b|key|ema\b|momentum|target|teacher")
+    prefix = min(prefixes, key=lambda p: bool(averaged.search(p)))  # the first of equals
+    found = {}
+    for name, tensor in stages.state_dict().items():
+        old = names.get(prefix + name)
+        if old is None and name.endswith("num_batches_tracked"):
+            continue
+        if old is None:
+            raise InputError(f"{path}: {prefix + name} is missing: another architecture?")
+        if not torch.is_tensor(state[old]) or state[old].shape != tensor.shape:
+            raise InputError(f"{path}: {old} is {tuple(getattr(state[old], 'shape', ()))}, not "
                              f"{tuple(tensor.shape)}: another architecture?")
-    loaded = {n: v for n, v in found.items() if n in wanted}
-    stages.load_state_dict(loaded, strict=False)
+        if not state[old].isfinite().all():
+            raise InputError(f"{path}: {old} is not finite")
+        found[name] = state[old]
+    stages.load_state_dict(found, strict=False)
+    taken = {names[prefix + name] for name in found}
+    rest = {name: value for name, value in state.items() if name not in taken}
     if rank() == 0:
-        left = sorted(set(state) - {prefix + n for n in loaded})
-        print(f"{path}: {len(loaded)} tensors loaded from '{prefix}*', {len(left)} left aside"
-              + (f" ({', '.join(left[:3])}{', ...' if len(left) > 3 else ''})" if left else ""))
+        counters = len(stages.state_dict()) - len(found)
+        first = ", ".join([*map(str, rest)][:3]) + (", ..." if len(rest) > 3 else "")
+        print(f"{path}: {len(found)} tensors loaded from '{prefix}*', {counters} missing"
+              f"{' (counters of batch norm, not needed)' if counters else ''}, {len(rest)} "
+              f"unexpected{f' ({first})' if rest else ''}", flush=True)
+    return rest
 
 
 # --------------------------------------------------------------------------------------------- runs

@@ -1,8 +1,10 @@
 """Fine-tune torchvision's Faster R-CNN from a pre-trained backbone, and measure AP by COCO's rules.
 
-Faster R-CNN (Ren et al., NIPS 2015, arXiv 1506.01497) with a feature pyramid (FPN; Lin et al.,
-CVPR 2017, arXiv 1612.03144).  All layers train, and batch norm trains with them: self-supervised
-features are of another scale than supervised ones, and frozen statistics would not fit them.
+Faster R-CNN (Ren et al., NIPS 2015, arXiv 1506.01497) as MoCo, DetCo and DUPR fine-tune it: `c4`,
+with the RPN on Res4 and Res5 as the box head, and one more batch norm after it (MoCo, appendix), or
+`fpn`, on a feature pyramid (Lin et al., CVPR 2017, arXiv 1612.03144) with batch norm in it.  All
+layers train, and batch norm trains with them: self-supervised features are of another scale than
+supervised ones, and frozen statistics would not fit them.  There is no flag to freeze anything.
 
 Read first: one of the methods, for where --weights comes from.
 
@@ -10,14 +12,25 @@ Commands
     python finetune_fasterrcnn.py --weights runs/moco_v2/backbone.pt      built-in scenes
     python finetune_fasterrcnn.py --weights none --out runs/random        what to compare it with
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
+    torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE
+    python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
-DIR holds VOCdevkit/VOC2007, or is itself in VOC's layout (Annotations, ImageSets, JPEGImages).
+Splits, for --train-split and --test-split; several are joined
+    voc   2007/trainval   the list of that name of DIR/VOCdevkit/VOC2007
+          trainval        likewise of DIR, a folder of your own in VOC's layout
+    coco  train2017       DIR/annotations/instances_train2017.json, images in DIR/train2017
+          my.json:photos  DIR/my.json, images in DIR/photos
 
 Where this differs from the papers, or they are silent
-    - The defaults put the papers' VOC schedule, sizes and batch on an FPN; theirs was a C4 head.
-    - The RPN keeps 4 times --rois proposals in training and 2 times in testing.
-    - `difficult` objects of VOC are left out of training and ignored in the evaluation; a box whose
-      xmax is not above its xmin, or ymax above its ymin, counts as one without area.
+    - On COCO they train Mask R-CNN; this is its box half.
+    - Their code is detectron2's.  Of it, torchvision's RoIAlign lacks the half-pixel shift, its box
+      losses are smooth L1, not L1, and precise batch norm statistics are not computed.
+    - --iterations other than the recipe's move the drops in proportion, also --fraction's 12,000.
+    - `difficult` objects of VOC train, as in detectron2; the evaluation ignores them as it does
+      COCO's crowds, which do not train.
+    - A box has no area where VOC's xmax is not above its xmin (or ymax, ymin), or where a side is
+      under 0.01 pixels.  One that reaches outside its image is cut to it in training.
+    - The report gives Adam's rates and epochs; neither decay, warm-up nor scaling is a choice.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own, and the
       evaluation uses the first one's statistics.
     - On GPUs: bfloat16, with boxes and losses in float32; RoIAlign's backward pass adds in no fixed
@@ -27,64 +40,108 @@ import argparse
 import json
 import math
 import os
-import xml.etree.ElementTree as ElementTree
+import time
+from collections import OrderedDict
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import VOCDetection
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign, box_iou
 
 from common import (InputError, Run, add_run_arguments, check, launch, leave_group, load_backbone,
-                    load_batches, rank, read_or_next, resnet_stages, seed_for, steps_per_epoch,
-                    world_size)
+                    load_batches, load_checkpoint, rank, read_or_next, resnet_stages, seed_for,
+                    steps_per_epoch, world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
+RECIPES = {  # what --dataset sets; for both, batch 16, lr 0.02, weight decay 1e-4, long side 1333
+    "voc": dict(detector="c4", train_split=["2007/trainval", "2012/trainval"],
+                test_split=["2007/test"], min_size=[*range(480, 801, 32)],  # DUPR, 4.1.1
+                iterations=24000, drops=[18000, 22000], warmup=100),  # MoCo's configuration for VOC
+    "coco": dict(detector="fpn", train_split=["train2017"], test_split=["val2017"],
+                 min_size=[*range(640, 801, 32)],  # DUPR, 4.2.1
+                 iterations=90000, drops=[60000, 80000], warmup=1000),  # MoCo's; of detectron2
+    "scenes": dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[96],
+                   max_size=96, fpn_channels=64, anchor_size=8, rois=64,
+                   iterations=400, drops=[300, 360], warmup=40),  # small enough for two CPU cores
+}
+
 
 def parse_args(argv=None):
-    """VOC's recipe for an FPN detector by default; without --data, a small one for the scenes."""
+    """The papers' recipe for the data set by default; without --dataset, a small one."""
     parser = argparse.ArgumentParser(description="Fine-tune Faster R-CNN and measure its AP.")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=["scenes", "voc"], default="scenes")
-    add("--data", help="folder in VOC layout, for --dataset voc")
-    add("--train-split", default="trainval", help="a list in ImageSets/Main (default %(default)s)")
-    add("--test-split", default="test", help="likewise (default %(default)s)")
-    add("--classes", nargs="+", default=VOC_CLASSES, help="names (default: VOC's 20)")
+    add("--dataset", choices=[*RECIPES], default="scenes", help="or the layout of your own")
+    add("--data", help="folder, for voc and coco")
+    add("--train-split", nargs="+", help="default: 2007/trainval 2012/trainval, or train2017")
+    add("--test-split", nargs="+", help="default: 2007/test, or val2017")
+    add("--classes", nargs="+", help="default: VOC's 20; of your own data, what the training "
+        "annotations name")
+    add("--fraction", type=float, default=1, help="share of the training images, drawn by --seed, "
+        "with 12,000 iterations (DetCo, 6.1)")
     add("--train-scenes", type=int, default=400, help="number of labelled built-in scenes")
     add("--test-scenes", type=int, default=300, help="number of built-in scenes to measure AP on")
-    add = parser.add_argument_group("recipe").add_argument
+    add = parser.add_argument_group("detector").add_argument
+    add("--detector", choices=["c4", "fpn"], help="default: c4 on voc, else fpn")
     add("--weights", default="none", help="file that holds a ResNet, or none (default)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
-    add("--iterations", type=int, default=24000)
-    add("--batch-size", type=int, default=16, help="of all processes together")
-    add("--lr", type=float, default=0.02, help="for each 16 images of the batch")
-    add("--warmup", type=int, default=100, help="iterations of linear growth of the lr")
-    add("--drops", type=int, nargs="*", default=[18000, 22000], 
-        help="iterations from which lr is a tenth")
-    add("--weight-decay", type=float, default=1e-4)
-    add("--min-size", type=int, nargs="+", default=list(range(480, 801, 32)),
-        help="short side in pixels, drawn from these; the last one for testing")
+    add("--min-size", type=int, nargs="+", help="short side in pixels, drawn from these; the last "
+        "one for testing")
     add("--max-size", type=int, default=1333, help="long side at most")
     add("--fpn-channels", type=int, default=256)
-    add("--anchor-size", type=int, default=32, help="side of P2's anchors; doubles with each level")
+    add("--anchor-size", type=int, default=32, help="side of the smallest anchors; four more sizes "
+        "double it")
     add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on")
+    add = parser.add_argument_group("recipe").add_argument
+    add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: lr 1e-4 (the report)")
+    add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
+        "epochs, half the lr after 20 (default with adam)")
+    add("--iterations", type=int, help="default: 24,000 on voc, 90,000 on coco")
+    add("--batch-size", type=int, default=16, help="of all processes together")
+    add("--lr", type=float, default=0.02, help="for each 16 images of the batch; adam's: for any")
+    add("--warmup", type=int, help="iterations of linear growth of the lr")
+    add("--drops", type=int, nargs="*", help="iterations from which lr is a tenth (report: half)")
+    add("--weight-decay", type=float, default=1e-4)
     add_run_arguments(parser, out="runs/finetune")
-    if parser.parse_known_args(argv)[0].dataset == "scenes":  # small enough for two CPU cores
-        parser.set_defaults(arch="resnet18", iterations=400, batch_size=8, lr=0.04, warmup=40,
-                            drops=[300, 360], min_size=[96], max_size=96, fpn_channels=64,
-                            anchor_size=8, rois=64)
+    add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one, with the arguments "
+        "that it holds where none are given; --out is eval/ beside it")
+
+    known = parser.parse_known_args(argv)[0]
+    recipe = {**RECIPES[known.dataset], "drops": None}  # they follow the iterations
+    recipe["schedule"] = known.schedule or ("report" if known.optimizer == "adam" else "1x")
+    if known.optimizer == "adam":
+        recipe.update(lr=1e-4, warmup=0, weight_decay=0.0)
+    if recipe["schedule"] == "report":
+        recipe["iterations"] = None  # 40 epochs, when the number of images is known
+    elif recipe["schedule"] == "2x":
+        recipe["iterations"] *= 2
+    if known.fraction < 1 and known.dataset != "scenes":
+        recipe["iterations"] = 12000
+    parser.set_defaults(**recipe)
+    if known.eval_only and os.path.isfile(known.eval_only):
+        try:
+            saved = load_checkpoint(known.eval_only)["args"]
+        except (InputError, KeyError, TypeError) as error:
+            parser.error(f"{known.eval_only} is no checkpoint of this command: {error}")
+        out = os.path.join(os.path.dirname(known.eval_only), "eval")
+        parser.set_defaults(**{**saved, "weights": "none", "out": out})
     return parser.parse_args(argv)
 
 
 # -------------------------------------------------------------------------------------------- data
-# An item: image (3, H, W) uint8, boxes (n, 4) float x1 y1 x2 y2 in its pixels, labels (n,) from 0,
-# ignore (n,) bool.
+# An item: image (3, H, W) uint8, and a dict: boxes (n, 4) x1 y1 x2 y2 in its pixels, labels (n,)
+# from 0, ignore (n,) bool, and, where the data set has its own, area (n,) in pixels^2.
 
 
 class LabelledScenes(Dataset):
@@ -92,67 +149,153 @@ class LabelledScenes(Dataset):
 
     def __init__(self, n, seed):
         from scenes import CLASSES, Scenes
-        self.scenes, self.classes = Scenes(n, size=96, seed=seed, cache=True), CLASSES
+        self.scenes, self.classes = Scenes(n, size=96, seed=seed, cache=True), [*CLASSES]
 
     def __len__(self):
         return len(self.scenes)
 
     def __getitem__(self, index):
         image, boxes, labels = self.scenes.labelled(index)
-        return image, boxes, labels, torch.zeros(len(labels), dtype=torch.bool)
+        return image, dict(boxes=boxes, labels=labels, ignore=torch.zeros_like(labels).bool())
 
 
-class VOC(Dataset):
-    """One split of a folder in PASCAL VOC's layout; `difficult` boxes are the ones to ignore.
+def read_voc(root, split):
+    """A split in PASCAL VOC's layout -> its classes, and a list over images of (path, its width and
+    height or None, the annotation's path, [(class, (x1, y1, w, h), difficult, area), ...]).
 
-    VOC counts pixels from 1 and includes both ends: x1 and y1 are lowered by 1 here, so that
-    x2 - x1 is a width.  Raises InputError: another layout, no such split, a file that is missing or
-    does not parse, an unknown class.  In training, an image that cannot be decoded is replaced by
-    the next one, as ImageFiles does; in the test it is an error.
+    VOC counts pixels from 1 and includes both ends: x1 and y1 are lowered by 1 here.
+    Raises InputError: no such split, a file that is missing or does not parse.
+    """
+    year, _, name = split.rpartition("/")
+    try:
+        if year:
+            listed = VOCDetection(root, year, name)
+            pairs = zip(listed.images, listed.annotations)
+        else:
+            with open(f"{root}/ImageSets/Main/{split}.txt") as file:
+                names = [line.split()[0] for line in file if line.strip()]
+            files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(f"{root}/JPEGImages"))}
+            pairs = [(f"{root}/JPEGImages/{files.get(n, n + '.jpg')}",
+                      f"{root}/Annotations/{n}.xml") for n in names]
+    except (OSError, ValueError, RuntimeError):
+        folder = os.path.join(root, f"VOCdevkit/VOC{year}" if year else "")
+        raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt, images in {folder} "
+                         "(VOC's own are YEAR/NAME, 2007/trainval; your own folder's are NAME)"
+                         ) from None
+    images = []
+    for image, path in pairs:
+        objects = []
+        try:
+            for thing in VOCDetection.parse_voc_xml(
+                    ElementTree.parse(path).getroot())["annotation"]["object"]:
+                x1, y1, x2, y2 = (float(thing["bndbox"][side])
+                                  for side in ("xmin", "ymin", "xmax", "ymax"))
+                w, h = (x2 - x1 + 1, y2 - y1 + 1) if x2 > x1 and y2 > y1 else (0, 0)
+                objects.append((str.strip(thing["name"]), (x1 - 1, y1 - 1, w, h),
+                                thing.get("difficult") == "1", w * h))
+        except OSError:
+            raise InputError(f"no such file: {path}") from None
+        except (ElementTree.ParseError, AttributeError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a VOC annotation: {error!r}") from None
+        try:
+            with Image.open(image) as opened:
+                size = opened.size  # what the annotation says of it is wrong now and then
+        except Exception:
+            size = None  # broken or missing: found out where it is needed
+        images.append((image, size, path, objects))
+    found = sorted({name for *_, objects in images for name, *_ in objects})
+    return VOC_CLASSES if year else found, images
+
+
+def read_coco(root, split):
+    """A split in COCO's layout, as read_voc gives it, with `iscrowd` in place of difficult.
+
+    Raises InputError: no such file, one that does not parse, an annotation of no known image or
+    category or without a box.
+    """
+    name, _, folder = split.partition(":")
+    if not folder:
+        name, folder = f"annotations/instances_{split}.json", split
+    path = os.path.join(root, name)
+    try:
+        with open(path) as file:
+            content = json.load(file)
+        categories = {c["id"]: c["name"] for c in content["categories"]}
+        images, annotations = {}, content["annotations"]
+        for image in content["images"]:
+            file = os.path.join(root, folder, image["file_name"])
+            size = (image["width"], image["height"]) if image.get("width") else None
+            images[image["id"]] = file, size, file, []
+    except OSError:
+        raise InputError(f"no such file: {path} (a split is train2017 or FILE.json:FOLDER)"
+                         ) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a COCO instances file: {error!r}") from None
+    for thing in annotations:
+        try:
+            x, y, w, h = map(float, thing["bbox"])
+            images[thing["image_id"]][3].append((
+                categories[thing["category_id"]], (x, y, w, h), bool(thing.get("iscrowd")),
+                float(thing.get("area", w * h))))
+        except (KeyError, TypeError, ValueError):
+            raise InputError(f"{path}: no known image_id, category_id or a bbox of 4 numbers in "
+                             f"annotation {json.dumps(thing)[:200]}") from None
+    return [categories[i] for i in sorted(categories)], [*images.values()]
+
+
+class Annotated(Dataset):
+    """Splits of a folder in VOC's or COCO's layout (``dataset``: voc or coco), one after the other.
+
+    classes: those that may occur; by default the splits' own.  training: `difficult` objects count
+    as any other, boxes end at their image's border, and an image that cannot be decoded is
+    replaced by the next one, as ImageFiles does; in the test that is an error.  fraction: the share
+    of images to draw, of which a smaller one takes a part.  Says, once, which boxes were left out.
+    Raises InputError: whatever is wrong with a file, with its name.
     """
 
-    def __init__(self, root, split, classes, training=False):
-        self.classes, self.training = classes, training
-        folders = [os.path.join(root, below) for below in ("", "VOC2007", "VOCdevkit/VOC2007")]
-        self.root = next((f for f in folders if os.path.isdir(f"{f}/ImageSets/Main")), None)
-        if self.root is None:
-            raise InputError(f"{root} is not in VOC layout: no ImageSets/Main or VOCdevkit/VOC2007")
-        try:
-            with open(f"{self.root}/ImageSets/Main/{split}.txt") as file:
-                names = [line.split()[0] for line in file if line.strip()]
-        except (FileNotFoundError, UnicodeDecodeError):
-            raise InputError(f"no such split: {self.root}/ImageSets/Main/{split}.txt") from None
-        self.paths = [f"{self.root}/JPEGImages/{name}.jpg" for name in names]
-        missing = next((p for p in self.paths if not os.path.isfile(p)), None)
-        if missing or not names:
-            raise InputError(f"no such file: {missing}" if missing else f"no images in {split}.txt")
-        self.broken = torch.zeros(len(names), dtype=torch.bool).share_memory_()
-        self.without_area = 0
-        self.objects = [self._read(f"{self.root}/Annotations/{name}.xml") for name in names]
-        if self.without_area and rank() == 0:
-            print(f"{split}: {self.without_area} boxes without area left out")
-
-    def _read(self, path):
-        boxes, labels, ignore = [], [], []
-        try:
-            for thing in ElementTree.parse(path).iterfind("object"):
-                x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{side}"))
-                                  for side in ("xmin", "ymin", "xmax", "ymax"))
-                if x2 <= x1 or y2 <= y1:
-                    self.without_area += 1
+    def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0):
+        read = {"voc": read_voc, "coco": read_coco}[dataset]
+        parts = [read(root, split) for split in splits]
+        self.classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
+        images = [image for part in parts for image in part[1]]
+        drawn = np.random.default_rng(seed).permutation(len(images))
+        images = [images[i] for i in sorted(drawn[:round(fraction * len(images))])]
+        if not images:
+            raise InputError(f"no images in {' '.join(splits)} of {root}")
+        self.training, self.paths = training, [path for path, *_ in images]
+        self.sizes = [size for _, size, *_ in images]
+        self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
+        rows, self.ends, flat, outside = [], [0], [], []
+        for path, size, source, objects in images:
+            if not os.path.isfile(path):
+                raise InputError(f"no such file: {path} (of {source})")
+            width, height = size or (math.inf, math.inf)
+            for name, (x, y, w, h), ignore, area in objects:
+                if name not in self.classes:
+                    raise InputError(f"{source}: unknown class {name!r}, not one of --classes "
+                                     f"{' '.join(self.classes)}")
+                box = x, y, x + w, y + h
+                inside = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
+                beyond = max(abs(a - b) for a, b in zip(box, inside))
+                if not math.isfinite(x + y + w + h):
+                    raise InputError(f"{source}: the box {x} {y} {w} {h} is not finite")
+                if x > width + 1 or y > height + 1 or x + w < -1 or y + h < -1:
+                    raise InputError(f"{source}: the box {x:g} {y:g} {x + w:g} {y + h:g} is outside"
+                                     f" the image of {width} x {height} pixels")
+                if min(w, h, inside[2] - inside[0], inside[3] - inside[1]) < 0.01:
+                    flat.append(source)
                     continue
-                boxes.append([x1 - 1, y1 - 1, x2, y2])
-                labels.append(self.classes.index(thing.findtext("name").strip()))
-                ignore.append(thing.findtext("difficult", "0").strip() == "1")
-        except FileNotFoundError:
-            raise InputError(f"no such file: {path}") from None
-        except (ElementTree.ParseError, TypeError, AttributeError) as error:
-            raise InputError(f"{path} is not a VOC annotation: {error}") from None
-        except ValueError:
-            raise InputError(f"{path}: unknown class {thing.findtext('name')!r}, or no number "
-                             f"in a box (--classes are {' '.join(self.classes)})") from None
-        return (torch.tensor(boxes).reshape(-1, 4), torch.tensor(labels, dtype=torch.long),
-                torch.tensor(ignore, dtype=torch.bool))
+                if beyond > 1:  # less is rounding
+                    outside.append(source)
+                rows.append((*(inside if training else box), area, self.classes.index(name),
+                             ignore and not (training and dataset == "voc")))
+            self.ends.append(len(rows))
+        self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
+        for wrong, what in ((flat, "without area left out"), (outside, "reach outside the image")):
+            if wrong and rank() == 0:
+                names = [os.path.basename(source) for source in dict.fromkeys(wrong)]
+                print(f"{' '.join(splits)}: {len(wrong)} boxes {what} ({', '.join(names[:3])}"
+                      f"{', ...' if len(names) > 3 else ''})", flush=True)
 
     def __len__(self):
         return len(self.paths)
@@ -161,38 +304,84 @@ class VOC(Dataset):
         i, image = read_or_next(self.paths, self.broken, index)
         if i != index and not self.training:
             raise InputError(f"cannot decode {self.paths[index]}")
-        return image, *self.objects[i]
+        if self.sizes[i] not in (None, (image.shape[2], image.shape[1])):
+            raise InputError(f"{self.paths[i]} has {image.shape[2]} x {image.shape[1]} pixels; its "
+                             f"annotation says {self.sizes[i][0]} x {self.sizes[i][1]}")
+        rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
+        return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
+                           ignore=rows[:, 6].bool())
+
+
+def data_sets(args):
+    """The training and the test set that the arguments name; no training set for --eval-only."""
+    if (args.dataset == "scenes") != (args.data is None):
+        raise InputError("--data needs --dataset voc or coco" if args.data else
+                         f"--dataset {args.dataset} needs --data, a folder")
+    if args.dataset == "scenes":
+        n = max(1, round(args.fraction * args.train_scenes))
+        return LabelledScenes(n, seed=1), LabelledScenes(args.test_scenes, seed=2)
+    train_set = None if args.eval_only else Annotated(
+        args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed)
+    classes = args.classes or train_set.classes
+    return train_set, Annotated(args.dataset, args.data, args.test_split, classes)
 
 
 def training_item(item):
     """Flip with p 0.5, leave out what is to be ignored -> image, torchvision's dict of targets."""
-    image, boxes, labels, ignore = item
+    (image, truth), boxes = item, item[1]["boxes"].float()
     if torch.rand(()) < 0.5:
         image, width = image.flip(-1), image.shape[-1]
         boxes = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
-    return image, dict(boxes=boxes[~ignore], labels=labels[~ignore] + 1)  # 0 is the background
+    kept = ~truth["ignore"]
+    return image, dict(boxes=boxes[kept], labels=truth["labels"][kept] + 1)  # 0 is the background
 
 
 # ---------------------------------------------------------------------------------------- detector
 
 
-def build_detector(arch, num_classes, fpn_channels=256, min_size=(800,), max_size=1333,
-                   anchor_size=32, rois=512, weights="none"):
-    """torchvision's Faster R-CNN on an FPN over Res2..Res5; both with batch norm, all trainable.
+def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
+                   max_size=1333, anchor_size=32, rois=512, weights="none"):
+    """torchvision's Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
 
-    num_classes: without the background.  weights: a file for load_backbone, or "none".
+    num_classes: without the background.  weights: a file for load_backbone, or "none"; an FPN and
+    a box head that it holds under this detector's names are loaded too.
     In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, 100 at most for an image.
     """
     stages = resnet_stages(arch, nn.BatchNorm2d)
-    if weights != "none":
-        load_backbone(stages, weights)
-    backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)}, stages.channels,
-                               fpn_channels, norm_layer=nn.BatchNorm2d)
-    anchors = AnchorGenerator([(anchor_size * 2 ** i,) for i in range(5)], [(0.5, 1.0, 2.0)] * 5)
-    model = FasterRCNN(backbone, num_classes + 1, min_size=tuple(min_size), max_size=max_size,
-                       rpn_anchor_generator=anchors, box_batch_size_per_image=rois,
-                       rpn_post_nms_top_n_train=4 * rois, rpn_post_nms_top_n_test=2 * rois)
+    rest = load_backbone(stages, weights) if weights != "none" else {}
+    sizes, ratios = tuple(anchor_size * 2 ** i for i in range(5)), (0.5, 1.0, 2.0)
+    if detector == "c4":
+        *shallow, res5 = stages.named_children()
+        backbone = nn.Sequential(OrderedDict(shallow))  # (B, 1024, H / 16, W / 16) in ResNet-50
+        backbone.out_channels, width = stages.channels[2:]
+        box_head = nn.Sequential(OrderedDict([  # RoIs (N, 1024, 14, 14) -> (N, 2048, 7, 7) -> mean
+            res5, ("norm", nn.BatchNorm2d(width)), ("pool", nn.AdaptiveAvgPool2d(1)),
+            ("flatten", nn.Flatten())]))
+        parts = dict(rpn_anchor_generator=AnchorGenerator((sizes,), (ratios,)), box_head=box_head,
+                     rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000,
+                     box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0))
+    else:
+        backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)},
+                                   stages.channels, fpn_channels, norm_layer=nn.BatchNorm2d)
+        parts, width = dict(rpn_anchor_generator=AnchorGenerator(
+            [(size,) for size in sizes], [ratios] * 5)), 1024
+        if "roi_heads.box_head.0.0.weight" in rest:  # SoCo's: 4 convolutions, 1 linear layer
+            parts["box_head"] = FastRCNNConvFCHead(
+                (fpn_channels, 7, 7), [fpn_channels] * 4, [width], norm_layer=nn.BatchNorm2d)
+    model = FasterRCNN(backbone, box_predictor=FastRCNNPredictor(width, num_classes + 1),
+                       min_size=tuple(min_size), max_size=max_size, box_batch_size_per_image=rois,
+                       rpn_post_nms_top_n_train=min(2000, 4 * rois),
+                       rpn_post_nms_top_n_test=min(1000, 2 * rois), **parts)
+    for name in ("backbone.fpn", "roi_heads.box_head") if detector == "fpn" else ():
+        found = {k[len(name) + 1:]: v for k, v in rest.items() if k.startswith(name + ".")}
+        if found:
+            try:
+                model.get_submodule(name).load_state_dict(found)
+            except RuntimeError as error:
+                raise InputError(f"{weights}: {name}: {' '.join(str(error).split())}") from None
+            if rank() == 0:
+                print(f"{weights}: {len(found)} tensors loaded into {name}")
     for head in (model.rpn.head, model.roi_heads.box_predictor):
         head.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
     return model
@@ -205,10 +394,10 @@ def as_float32(_module, _inputs, output):
     return type(output)(as_float32(None, None, part) for part in output)
 
 
-def learning_rate(step, base, warmup, drops):
-    """Linear from base / 1000 during ``warmup`` steps, then a tenth from each of ``drops`` on."""
+def learning_rate(step, base, warmup, drops, factor=0.1):
+    """Linear from base / 1000 during ``warmup`` steps, then times ``factor`` from each drop on."""
     grown = 1 if step >= warmup else 0.001 + 0.999 * step / warmup
-    return base * grown * 0.1 ** sum(step >= drop for drop in drops)
+    return base * grown * factor ** sum(step >= drop for drop in drops)
 
 
 # -------------------------------------------------------------------------------------- evaluation
@@ -220,7 +409,7 @@ AP_MAX_DETECTIONS = 100  # per image and class
 
 
 def _ap_arrays(image, extra, name):
-    """One image's dict as arrays: boxes (n, 4), labels (n,), and its ignore or scores (n,)."""
+    """One image's dict as arrays: boxes (n, 4), labels, its ignore or scores, areas (n,) each."""
     boxes = np.asarray(image["boxes"], dtype=np.float64)
     boxes = boxes if boxes.size else np.zeros((0, 4))
     labels = np.asarray(image["labels"], dtype=np.int64)
@@ -231,17 +420,20 @@ def _ap_arrays(image, extra, name):
     if labels.ndim != 1 or boxes.shape != (len(labels), 4) or values.shape != labels.shape:
         raise ValueError(f"{name}: want boxes (n, 4), labels (n,), {extra} (n,) of one n, got "
                          f"{boxes.shape}, {labels.shape}, {values.shape}")
-    return boxes, labels, values
+    areas = np.asarray(image.get("area", (boxes[:, 2:] - boxes[:, :2]).prod(axis=1)), np.float64)
+    if areas.shape != labels.shape:
+        raise ValueError(f"{name}: want area (n,), got {areas.shape} for {len(labels)} boxes")
+    return boxes, labels, values, areas
 
 
-def _ap_match(truth, crowd, found):
+def _ap_match(truth, crowd, area, found):
     """Match one image's detections of one class, best score first, to its truths of that class.
 
-    truth (n, 4), crowd (n,) bool, found (m, 4). Returns right and wrong, bool (4, 10, m), over
-    the 4 area ranges and 10 IoU thresholds (a detection that is neither does not count), and
-    the number of truths that count in each area range, (4,).
+    truth (n, 4), crowd (n,) bool, area (n,), found (m, 4). Returns right and wrong, bool
+    (4, 10, m), over the 4 area ranges and 10 IoU thresholds (a detection that is neither does not
+    count), and the number of truths that count in each area range, (4,).
     """
-    truth, crowd = truth[::-1], crowd[::-1]  # of equal IoUs COCO takes the last, argmax the first
+    truth, crowd, area = truth[::-1], crowd[::-1], area[::-1]  # of equals COCO takes the last
     size = np.minimum(found[:, None, 2:], truth[:, 2:]) - np.maximum(found[:, None, :2],
                                                                      truth[:, :2])
     inter = size.clip(min=0).prod(axis=2)  # (m, n)
@@ -251,7 +443,7 @@ def _ap_match(truth, crowd, found):
     iou = np.divide(inter, union, out=np.zeros_like(inter), where=inter > 0)
 
     low, high = AP_AREAS[:, :1], AP_AREAS[:, 1:]
-    ignored = crowd | (truth_area < low) | (truth_area > high)  # (4, n)
+    ignored = crowd | (area < low) | (area > high)  # (4, n)
     outside = (found_area < low) | (found_area > high)  # (4, m)
     matched = np.zeros((len(AP_AREAS), len(AP_IOUS), len(found)), dtype=bool)
     skipped = np.repeat(outside[:, None], len(AP_IOUS), axis=1)  # right for the unmatched
@@ -293,9 +485,10 @@ def coco_ap(truths, detections):
     truths: a list over images of dicts: boxes (n, 4), x1 y1 x2 y2 in pixels; labels (n,), any
     integers; and, optional, ignore (n,) bool, COCO's iscrowd: a detection matched to such a box
     is neither right nor wrong, many may match one box, and their IoU with it is intersection
-    over the detection's own area. detections: a list over the same images of dicts: boxes
-    (m, 4), labels (m,), scores (m,); the 100 best of each image and class count. Values are
-    arrays, CPU tensors or lists. Areas are the boxes', in pixels^2.
+    over the detection's own area; and, optional, area (n,) in pixels^2, by which a truth is small,
+    medium or large (COCO's are of the segments; default: the boxes'). detections: a list over the
+    same images of dicts: boxes (m, 4), labels (m,), scores (m,); the 100 best of each image and
+    class count. Values are arrays, CPU tensors or lists.
 
     Returns a dict of floats in [0, 1]: AP (mean over IoU 0.50:0.05:0.95 and classes), AP50,
     AP75, APs (area <= 32^2), APm (32^2 to 96^2), APl (>= 96^2), and per_class, label -> AP, for
@@ -307,13 +500,13 @@ def coco_ap(truths, detections):
         raise ValueError(f"{len(truths)} images of truths, {len(detections)} of detections")
     parts = {}  # label -> a list over images
     for i, (truth, found) in enumerate(zip(truths, detections)):
-        truth_boxes, truth_labels, crowd = _ap_arrays(truth, "ignore", f"truths[{i}]")
-        boxes, labels, scores = _ap_arrays(found, "scores", f"detections[{i}]")
+        truth_boxes, truth_labels, crowd, area = _ap_arrays(truth, "ignore", f"truths[{i}]")
+        boxes, labels, scores, _ = _ap_arrays(found, "scores", f"detections[{i}]")
         for label in np.union1d(truth_labels, labels).tolist():
             own = truth_labels == label
             top = np.flatnonzero(labels == label)
             top = top[np.argsort(-scores[top], kind="mergesort")[:AP_MAX_DETECTIONS]]
-            match = _ap_match(truth_boxes[own], crowd[own], boxes[top])
+            match = _ap_match(truth_boxes[own], crowd[own], area[own], boxes[top])
             parts.setdefault(label, []).append((scores[top], *match))
 
     aps = {label: _ap_of_class(parts[label]) for label in sorted(parts)}
@@ -328,6 +521,47 @@ def coco_ap(truths, detections):
             "per_class": {label: mean(ap[0]) for label, ap in aps.items()}}
 
 
+def voc07_ap(truths, detections):
+    """VOC2007's average precision, of the same lists as coco_ap's: precision at 11 recalls.
+
+    A detection, best score first, belongs to the truth of its class that it overlaps most, and is
+    right if it is the first that reaches the IoU there; one of a truth to ignore does not count.
+    Returns a dict of floats in [0, 1], means over the classes with truths: AP50, AP75, and AP over
+    IoU 0.50:0.05:0.95, which is detectron2's extension and what the papers publish; -1: no truth.
+    Source: Everingham et al. 2010, 4.2; VOCevaldet.m of the development kit.
+    """
+    truths = [_ap_arrays(t, "ignore", "truth") for t in truths]
+    detections = [_ap_arrays(d, "scores", "detection") for d in detections]
+    classes = {label for _, labels, ignore, _ in truths for label in labels[~ignore].tolist()}
+    table = []  # (classes, 10)
+    for label in classes:
+        count, ranked = 0, []
+        for i, (truth, detected) in enumerate(zip(truths, detections)):
+            boxes, ignore = (truth[j][truth[1] == label] for j in (0, 2))
+            mine = detected[1] == label
+            count += int((~ignore).sum())
+            iou = np.zeros((mine.sum(), 1)) if not len(boxes) else box_iou(
+                torch.from_numpy(detected[0][mine]), torch.from_numpy(boxes)).numpy()
+            for score, row in zip(detected[2][mine], iou):
+                best = int(row.argmax())
+                ranked.append((score, row[best], (i, best), len(boxes) > 0 and ignore[best]))
+        ranked.sort(key=lambda row: -row[0])
+        for threshold in AP_IOUS:
+            taken, right, wrong = set(), [], []
+            for _, iou, truth, ignored in ranked:
+                hit = iou >= threshold
+                right.append(hit and not ignored and truth not in taken)
+                wrong.append(not right[-1] and not (hit and ignored))
+                taken |= {truth} if hit else set()
+            tp, fp = np.cumsum(right), np.cumsum(wrong)
+            precision, recall = tp / np.maximum(tp + fp, 1), tp / count
+            table.append([precision[recall >= r].max(initial=0) for r in np.arange(11) / 10])
+    if not table:
+        return {"AP": -1.0, "AP50": -1.0, "AP75": -1.0}
+    ap = np.reshape(table, (len(classes), len(AP_IOUS), 11)).mean(axis=(0, 2))
+    return {"AP": float(ap.mean()), "AP50": float(ap[0]), "AP75": float(ap[5])}
+
+
 @torch.no_grad()
 def detect(model, images, device):
     """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), on
@@ -338,26 +572,31 @@ def detect(model, images, device):
 
 
 def evaluate(model, dataset, args, device, run):
-    """coco_ap of the whole data set, each process detecting in its share of the images."""
+    """coco_ap of the whole data set, each process detecting in its share of the images; on VOC also
+    voc07_ap, as VOC07."""
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
                for start in range(0, len(dataset), args.batch_size)]  # as many in every process
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
                         worker_init_fn=leave_group, pin_memory=device.type == "cuda")
-    mine = []
+    mine, began = [], time.monotonic()
     for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)  # the batch statistics that the checkpoint holds
     model.eval()
-    for indices, items in zip(batches, loader):
+    for done, (indices, items) in enumerate(zip(batches, loader), 1):
         run.stop_if_asked()
-        images = [image for image, *_ in items]
-        truths = [dict(boxes=b, labels=l, ignore=i) for _, b, l, i in items]
-        mine += zip(indices, truths, detect(model, images, device) if images else [])
+        found = detect(model, [image for image, _ in items], device) if items else []
+        mine += zip(indices, [truth for _, truth in items], found)
+        if done * 10 // len(batches) > (done - 1) * 10 // len(batches):
+            left = (len(batches) - done) * (time.monotonic() - began) / done / 60
+            run.say(f"evaluating: {done}/{len(batches)} batches  {left:.1f} min left", rewrite=True)
     everyone = [mine]
     if world_size() > 1:
         everyone = [None] * world_size()
         dist.all_gather_object(everyone, mine)
     together = sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
-    return coco_ap([t for _, t, _ in together], [d for _, _, d in together])
+    truths, detections = [t for _, t, _ in together], [d for _, _, d in together]
+    ap = coco_ap(truths, detections)
+    return {**ap, "VOC07": voc07_ap(truths, detections)} if args.dataset == "voc" else ap
 
 
 def draw_detections(model, dataset, device, path, number=6, best=5):
@@ -365,13 +604,14 @@ def draw_detections(model, dataset, device, path, number=6, best=5):
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
     items = [dataset[i] for i in range(min(number, len(dataset)))]
-    found = detect(model.eval(), [image for image, *_ in items], device)
+    found = detect(model.eval(), [image for image, _ in items], device)
     figure = Figure((2.6 * len(items), 5.6), layout="constrained")
     axes = figure.subplots(2, len(items), squeeze=False)
-    for (image, boxes, labels, _), seen, (above, below) in zip(items, found, axes.T):
+    for (image, truth), seen, (above, below) in zip(items, found, axes.T):
         top = [seen[key][:best] for key in ("boxes", "labels", "scores")]
-        for ax, boxes, labels, scores in ((above, boxes, labels, [None] * len(boxes)),
-                                          (below, *top)):
+        for ax, boxes, labels, scores in (
+                (above, truth["boxes"], truth["labels"], [None] * len(truth["boxes"])),
+                (below, *top)):
             ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set_axis_off()
             for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
@@ -387,38 +627,67 @@ def draw_detections(model, dataset, device, path, number=6, best=5):
 # ---------------------------------------------------------------------------------------- training
 
 
+def schedule(args, per_epoch):
+    """Put the numbers of iterations that follow from the data and from each other into ``args``.
+
+    Returns the factor of the lr at each drop.
+    """
+    report, recipe = args.schedule == "report", RECIPES[args.dataset]
+    if args.iterations is None:
+        args.iterations = 40 * per_epoch
+    if args.drops is None:
+        shares = [0.5] if report else [drop / recipe["iterations"] for drop in recipe["drops"]]
+        args.drops = [round(share * args.iterations) for share in shares]
+    return 0.5 if report else 0.1
+
+
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     inf = math.inf
-    check(args, train_scenes=(1, inf), test_scenes=(1, inf), iterations=(1, inf),
-          batch_size=(1, inf), lr=(0, inf), warmup=(0, inf), drops=(0, inf), weight_decay=(0, inf),
-          min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf), anchor_size=(1, inf),
-          rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    if args.dataset == "scenes" and args.data is not None:
-        raise InputError("--data needs --dataset voc")
-    if args.dataset == "scenes":
-        train_set = LabelledScenes(args.train_scenes, seed=1)
-        test_set = LabelledScenes(args.test_scenes, seed=2)
-    elif args.data is None:
-        raise InputError("--dataset voc needs --data, a folder in VOC layout")
-    else:
-        train_set = VOC(args.data, args.train_split, args.classes, training=True)
-        test_set = VOC(args.data, args.test_split, args.classes)
-    per_epoch = steps_per_epoch(train_set, args.batch_size)
-
+    check(args, fraction=(1e-9, 1), train_scenes=(1, inf), test_scenes=(1, inf),
+          iterations=(1, inf), batch_size=(1, inf), lr=(0, inf), warmup=(0, inf), drops=(0, inf),
+          weight_decay=(0, inf), min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf),
+          anchor_size=(1, inf), rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
+    saved = load_checkpoint(args.eval_only) if args.eval_only else None
+    train_set, test_set = data_sets(args)
+    args.classes = test_set.classes
     torch.manual_seed(args.seed)
-    model = build_detector(args.arch, len(train_set.classes), args.fpn_channels, args.min_size,
-                           args.max_size, args.anchor_size, args.rois, args.weights).to(device)
+    model = build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
+                           args.min_size, args.max_size, args.anchor_size, args.rois,
+                           args.weights).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if args.eval_only:
+        model.load_state_dict(saved["model"])
+        run = Run(args, "finetune_fasterrcnn", test_set, 0, 1, {})
+    else:
+        run = fit(model, train_set, args, device)
+    show(evaluate(model, test_set, args, device, run), model, test_set, device, run)
+
+
+def fit(model, train_set, args, device):
+    """The training loop, from where the folder's checkpoint ends -> the Run."""
+    per_epoch = steps_per_epoch(train_set, args.batch_size)
+    factor = schedule(args, per_epoch)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-    base_lr = args.lr * args.batch_size / 16
-    optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9,
-                                weight_decay=args.weight_decay)
-    run = Run(args, "finetune_fasterrcnn", train_set, args.iterations,
-              per_epoch, dict(model=model, optimizer=optimizer))
+    if args.optimizer == "adam":
+        base_lr = args.lr
+        optimizer = torch.optim.Adam(model.parameters(), base_lr, weight_decay=args.weight_decay)
+    else:
+        base_lr = args.lr * args.batch_size / 16
+        optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9,
+                                    weight_decay=args.weight_decay)
+    run = Run(args, "finetune_fasterrcnn", train_set, args.iterations, per_epoch,
+              dict(model=model, optimizer=optimizer))
+    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    shared = (f"with the statistics of {args.batch_size} images" if world_size() == 1 else
+              f"synchronised over {world_size()} GPUs" if device.type == "cuda" else
+              f"in each of {world_size()} processes by itself (they are synchronised on GPUs only)")
+    weights = "random weights" if args.weights == "none" else args.weights
+    run.say(f"{args.arch} {args.detector} from {weights}: {len(train_set)} images, "
+            f"{len(args.classes)} classes; all {norms} batch norm layers train, {shared}")
 
     loader = load_batches(train_set, training_item, args.batch_size, range(run.step, run.steps),
                           args.seed, args.workers, collate_fn=list)
@@ -427,7 +696,7 @@ def train(args, device):
         torch.manual_seed(seed_for(args.seed, step, rank()))  # RPN and box head sample at random
         images = [image.to(device, non_blocking=True).float() / 255 for image, _ in batch]
         targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for _, t in batch]
-        lr = learning_rate(step, base_lr, args.warmup, args.drops)
+        lr = learning_rate(step, base_lr, args.warmup, args.drops, factor)
         optimizer.param_groups[0]["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses = ddp(images, targets)  # of the RPN and of the box head
@@ -436,14 +705,21 @@ def train(args, device):
         loss.backward()
         optimizer.step()
         run.end_step(loss, lr, **losses)
+    return run
 
-    ap = evaluate(model, test_set, args, device, run)
+
+def show(ap, model, test_set, device, run):
+    """Print the average precisions, and keep them and a picture in the folder of the run."""
+    ap["per_class"] = {test_set.classes[label]: v for label, v in ap["per_class"].items()}
     if rank() == 0:
-        ap["per_class"] = {test_set.classes[label]: v for label, v in ap["per_class"].items()}
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
         draw_detections(model, test_set, device, run.out / "detections.png")
-    for values in ({k: v for k, v in ap.items() if k != "per_class"}, ap["per_class"]):
-        run.say("  ".join(f"{k} {'n/a' if v < 0 else f'{100 * v:.2f}'}" for k, v in values.items()))
+    for name, values in (("by COCO's rules", {k: v for k, v in ap.items() if k.startswith("AP")}),
+                         ("by VOC07's 11-point rule", ap.get("VOC07", {})),
+                         ("AP by class", ap["per_class"])):
+        if values:
+            run.say(f"{name}:  " + "  ".join(f"{k} {'n/a' if v < 0 else f'{100 * v:.2f}'}"
+                                             for k, v in values.items()))
 
 
 def main(argv=None):

@@ -1,6 +1,10 @@
 import argparse
 import copy
+import fractions
 import math
+import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -440,50 +444,154 @@ def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("prefix, nested", [
-    ("", None), ("module.encoder_q.", "state_dict"), ("module.encoder.", "model"),
-    ("module.", None)])
-def test_load_backbone_under_any_prefix(tmp_path, capsys, prefix, nested):
+@pytest.fixture(scope="module")
+def resnets():
+    """Two random ResNet-50: the trained one, and its average; and a ResNet-18."""
     torch.manual_seed(0)
-    source = torchvision.models.resnet18()
-    state = {prefix + k: v for k, v in source.state_dict().items()}
-    state["other"] = torch.zeros(2)
-    nested = {nested: state, "opt": argparse.Namespace(lr=1)} if nested else state
-    torch.save(nested, tmp_path / "file.pt")
-    stages = common.resnet_stages("resnet18", common.SplitBatchNorm)
-    common.load_backbone(stages, tmp_path / "file.pt")
-    assert equal(stages.state_dict(), {k: v for k, v in source.state_dict().items()
-                                       if not k.startswith("fc.")})
-    assert "120 tensors loaded" in capsys.readouterr().out
+    found = [torchvision.models.resnet50(), torchvision.models.resnet50(),
+             torchvision.models.resnet18()]
+    for net in found:  # no two tensors are alike, batch norm's included
+        net.load_state_dict({k: torch.randn_like(v) if v.is_floating_point() else v
+                             for k, v in net.state_dict().items()})
+    return [net.state_dict() for net in found]
 
 
-def test_load_backbone_takes_the_trained_of_two(tmp_path):
-    a, b = torchvision.models.resnet18(), torchvision.models.resnet18()
-    torch.save({**{f"encoder_q.{k}": v for k, v in a.state_dict().items()},
-                **{f"encoder_k.{k}": v for k, v in b.state_dict().items()}}, tmp_path / "file.pt")
+def under(prefix, state):
+    return {prefix + k: v for k, v in state.items()}
+
+
+def without_fc(state):
+    return {k: v for k, v in state.items() if not k.startswith("fc.")}
+
+
+def as_detectron2(state):
+    """Renamed as MoCo's conversion script does, from torchvision's names."""
+    renamed = {}
+    for k, v in without_fc(state).items():
+        if k.endswith("num_batches_tracked"):
+            continue
+        k = k if "layer" in k else "stem." + k
+        for i in (1, 2, 3, 4):
+            k = k.replace(f"layer{i}", f"res{i + 1}").replace(f"bn{i}", f"conv{i}.norm")
+        k = k.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+        renamed[k] = v
+    assert {"stem.conv1.norm.weight", "res3.0.shortcut.norm.bias", "res5.1.conv2.norm.running_var",
+            "res2.0.conv1.weight"} <= renamed.keys()
+    return renamed
+
+
+FILES = {  # name -> (state of the trained one, state of its average) -> what torch.save gets
+    "ours": lambda q, k: without_fc(q),
+    "torchvision": lambda q, k: q,
+    "moco": lambda q, k: dict(epoch=200, arch="resnet50", optimizer={"state": {}}, state_dict={
+        **under("module.encoder_q.", q), **under("module.encoder_k.", k),
+        "module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1).long()}),
+    "moco, sorted": lambda q, k: dict(state_dict=dict(sorted({
+        **under("module.encoder_q.", q), **under("module.encoder_k.", k)}.items()))),
+    "barlow twins": lambda q, k: dict(epoch=3, optimizer={}, model={
+        **under("module.backbone.", without_fc(q)), "module.projector.0.weight": torch.zeros(8)}),
+    "vicreg": lambda q, k: dict(epoch=3, optimizer={}, model={
+        "module.projector.0.weight": torch.zeros(8), **under("module.backbone.", without_fc(q))}),
+    "soco": lambda q, k: dict(opt=argparse.Namespace(lr=1), epoch=1, model={
+        **under("module.encoder.", without_fc(q)), "module.encoder.neck.weight": torch.zeros(8),
+        **under("module.encoder_k.", without_fc(k))}),
+    "byol": lambda q, k: {**under("target_network.", k), **under("online_network.", q)},
+    "openselfsup": lambda q, k: dict(meta=dict(epoch=1), state_dict={
+        **under("encoder_q.0.", without_fc(q)), **under("encoder_k.0.", without_fc(k)),
+        **under("backbone.", without_fc(q)), "queue": torch.zeros(8)}),
+    "openselfsup, extracted": lambda q, k: dict(state_dict=without_fc(q), author="OpenSelfSup"),
+    "detectron2": lambda q, k: dict(model=as_detectron2(q), matching_heuristics=True),
+    "detectron2, detector": lambda q, k: dict(iteration=9, model={
+        **under("backbone.bottom_up.", as_detectron2(q)),
+        "proposal_generator.rpn_head.conv.weight": torch.zeros(8)}),
+    "our detector": lambda q, k: dict(method="finetune_fasterrcnn", model={
+        **under("backbone.body.", without_fc(q)), "backbone.fpn.inner_blocks.0.0.weight":
+        torch.zeros(8), "roi_heads.box_head.fc6.weight": torch.zeros(8)}),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_load_backbone_reads_every_naming(tmp_path, capsys, resnets, name):
+    q, k, _ = resnets
+    torch.save(FILES[name](q, k), tmp_path / "file.pt")
+    stages = common.resnet_stages("resnet50", common.SplitBatchNorm)
+    rest = common.load_backbone(stages, tmp_path / "file.pt")
+    wanted, found = without_fc(q), stages.state_dict()
+    if "detectron2" in name:  # it counts no batches
+        wanted, found = ({k: v for k, v in d.items() if "num_batches" not in k}
+                         for d in (wanted, found))
+    assert equal(found, wanted)
+    said = capsys.readouterr().out
+    assert f"{len(wanted)} tensors loaded" in said and said.count("\n") == 1
+    assert ("53 missing" if "detectron2" in name else "0 missing") in said
+    assert f"{len(rest)} unexpected" in said
+    if name == "our detector":
+        assert set(rest) == {"backbone.fpn.inner_blocks.0.0.weight",
+                             "roi_heads.box_head.fc6.weight"}
+
+
+def test_load_backbone_of_basic_blocks(tmp_path, resnets):
+    torch.save(as_detectron2(resnets[2]), tmp_path / "file.pt")
     stages = common.resnet_stages("resnet18")
     common.load_backbone(stages, tmp_path / "file.pt")
-    assert torch.equal(stages.conv1.weight, a.conv1.weight)
+    assert all(torch.equal(v, stages.state_dict()[k]) for k, v in without_fc(resnets[2]).items()
+               if "num_batches" not in k)
 
 
-def test_load_backbone_refuses_what_does_not_fit(tmp_path):
+def test_load_backbone_refuses_what_does_not_fit(tmp_path, resnets):
     stages, path = common.resnet_stages("resnet18"), tmp_path / "file.pt"
-    before = copy.deepcopy(stages.state_dict())
-    for state, message in [
+    before, state = copy.deepcopy(stages.state_dict()), resnets[2]
+    other = as_detectron2(state)
+    for file, message in [
             ({"fc.weight": torch.zeros(2)}, "holds no ResNet"),
-            ([1, 2], "holds no ResNet"),
-            (torchvision.models.resnet50().state_dict(), "another architecture"),
-            ({k: v for k, v in stages.state_dict().items() if k != "layer4.1.bn2.weight"},
-             "layer4.1.bn2.weight is missing")]:
-        torch.save(state, path)
-        with pytest.raises(InputError, match=message):
+            ([1, 2], "holds no ResNet"), (torch.zeros(3), "holds no ResNet"),
+            (dict(model={}), "holds no ResNet"), (dict(state_dict=[1]), "holds no ResNet"),
+            ({"layer1.0.conv1.weight": torch.zeros(1)}, "holds no ResNet"),
+            (under("module.", resnets[0]),
+             r"module.layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"),
+            ({k: v for k, v in state.items() if k != "layer4.1.bn2.weight"},
+             "layer4.1.bn2.weight is missing"),
+            ({k: v for k, v in state.items() if "running_var" not in k}, "running_var is missing"),
+            ({k: v for k, v in other.items() if k != "res3.0.shortcut.norm.bias"},
+             "layer2.0.downsample.1.bias is missing"),
+            ({**other, "res5.0.conv2.weight": torch.zeros(2)}, r"res5.0.conv2.weight is \(2,\)"),
+            ({**state, "bn1.weight": torch.full((64,), torch.nan)}, "bn1.weight is not finite"),
+            ({**state, "bn1.weight": 1.0}, r"bn1.weight is \(\), not \(64,\)")]:
+        torch.save(file, path)
+        with pytest.raises(InputError, match=message) as caught:
             common.load_backbone(stages, path)
-    path.write_bytes(b"not a checkpoint")
-    with pytest.raises(InputError, match="cannot be read|can be read safely"):
-        common.load_backbone(stages, path)
+        assert str(caught.value).startswith(str(path))
     with pytest.raises(InputError, match="no such file"):
         common.load_backbone(stages, tmp_path / "none.pt")
+    torch.save(state, path)
+    whole = path.read_bytes()
+    for content in (b"not a checkpoint", b"", whole[:1000], whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match="holds no tensors that can be read: ."):
+            common.load_backbone(stages, path)
     assert equal(before, stages.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["detectron2's pickle", "torch's", "torch's before 1.6"])
+def test_a_refused_pickle_comes_with_the_command_that_converts_it(tmp_path, resnets, kind):
+    path = tmp_path / "it's \"my\" file.pkl"
+    if kind == "detectron2's pickle":
+        content = {k: v.numpy() for k, v in as_detectron2(resnets[0]).items()}
+        path.write_bytes(pickle.dumps(dict(model=content, __author__="MOCO")))
+    else:
+        content = dict(state_dict=under("module.encoder_q.", resnets[0]))
+        torch.save(dict(content, arguments=fractions.Fraction(1)), path,
+                   _use_new_zipfile_serialization=kind == "torch's")
+    stages = common.resnet_stages("resnet50")
+    with pytest.raises(InputError, match="more than tensors .*if you trust it") as caught:
+        common.load_backbone(stages, path)
+    line = str(caught.value)
+    assert "\n" not in line
+    command = line[line.index("python -c"):line.index(" keeps its tensors")]
+    subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
+    common.load_backbone(stages, line.split(" in ")[-1])
+    assert all(torch.equal(v, resnets[0][k]) for k, v in stages.state_dict().items()
+               if "num_batches" not in k)
 
 
 def test_export_gives_torchvision_a_file_it_loads(tmp_path):
@@ -506,7 +614,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
             return open, (str(tmp_path / "written"), "w")
 
     torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="read safely"):
+    with pytest.raises(InputError, match="unpickling it can run code"):
         common.load_checkpoint(tmp_path / "evil.pt")
     assert not (tmp_path / "written").exists()
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_photos
+from PIL import Image
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 import common
 import finetune_fasterrcnn as ft
@@ -50,10 +52,11 @@ def reference(truths, detections):
 
     annotations, results = [], []
     for i, (t, d) in enumerate(zip(truths, detections)):
-        for box, label, crowd in zip(t["boxes"], t["labels"], t["ignore"]):
+        for j, (box, label, crowd) in enumerate(zip(t["boxes"], t["labels"], t["ignore"])):
             x, y, w, h = xywh(box)
+            area = float(t["area"][j]) if "area" in t else w * h
             annotations.append({"id": len(annotations) + 1, "image_id": i, "bbox": [x, y, w, h],
-                                "category_id": int(label), "area": w * h, "iscrowd": int(crowd)})
+                                "category_id": int(label), "area": area, "iscrowd": int(crowd)})
         for box, label, score in zip(d["boxes"], d["labels"], d["scores"]):
             results.append({"image_id": i, "bbox": xywh(box), "category_id": int(label),
                             "score": float(score)})
@@ -104,6 +107,8 @@ def random_case(seed):
         dl = np.where((dl == 7) | (rng.random(m) < 0.1), 1, dl).astype(int)
         scores = rng.choice([0.1, 0.3, 0.5, 0.9], m) if seed % 3 else rng.random(m)
         truths.append({"boxes": t, "labels": label, "ignore": ignore})
+        if seed % 5 == 0:  # of a segment, smaller than its box
+            truths[-1]["area"] = (t[:, 2:] - t[:, :2]).prod(1) * rng.uniform(0.4, 1, n)
         order = rng.permutation(m)
         detections.append({"boxes": d[order], "labels": dl[order], "scores": scores[order]})
     return truths, detections
@@ -285,10 +290,70 @@ def test_order_of_images():
     ([truth([A])] * 2, [found([A], [0.5]), found([A], [0.5], [])], r"detections\[1\]"),
     ([truth([[0, 0, 5]])], [found([A], [0.5])], r"truths\[0\].*boxes \(n, 4\)"),
     ([{"boxes": A, "labels": [1]}], [found([A], [0.5])], r"truths\[0\].*boxes \(n, 4\)"),
+    ([{**truth([A]), "area": [1, 2]}], [found([A], [0.5])], r"truths\[0\].*area"),
 ])
 def test_errors(truths, detections, message):
     with pytest.raises(ValueError, match=message):
         coco_ap(truths, detections)
+
+
+# ---- VOC2007's rule ----
+
+
+def devkit_ap(truths, detections, label, threshold):
+    """One class's AP as the development kit computes it: a loop over detections, 11 recalls."""
+    everything = [(score, i, box) for i, d in enumerate(detections)
+                  for box, l, score in zip(d["boxes"], d["labels"], d["scores"]) if l == label]
+    positives = sum((t["labels"] == label).sum() - (t["ignore"] & (t["labels"] == label)).sum()
+                    for t in truths)
+    assigned, right, wrong, curve = set(), 0, 0, []
+    for _, i, d in sorted(everything, key=lambda row: -row[0]):
+        best, which = -1.0, None
+        for j, (g, l) in enumerate(zip(truths[i]["boxes"], truths[i]["labels"])):
+            w = min(d[2], g[2]) - max(d[0], g[0])
+            h = min(d[3], g[3]) - max(d[1], g[1])
+            if l == label and w > 0 and h > 0:
+                overlap = w * h / ((d[2] - d[0]) * (d[3] - d[1]) + (g[2] - g[0]) * (g[3] - g[1])
+                                   - w * h)
+                if overlap > best:
+                    best, which = overlap, j
+        if best >= threshold:
+            if not truths[i]["ignore"][which]:
+                right += (i, which) not in assigned
+                wrong += (i, which) in assigned
+                assigned.add((i, which))
+        else:
+            wrong += 1
+        curve.append((right / positives, right / (right + wrong) if right + wrong else 0))
+    return sum(max([p for r, p in curve if r >= t / 10], default=0) for t in range(11)) / 11
+
+
+def test_voc07_equals_the_devkits_loop():
+    for seed in range(1, 60, 2):  # odd: no two IoUs and thresholds are equal
+        truths, detections = random_case(seed)
+        rng = np.random.default_rng(seed)
+        for image in detections:
+            image["scores"] = rng.random(len(image["scores"]))
+        labels = {int(l) for t in truths for l, ig in zip(t["labels"], t["ignore"]) if not ig}
+        got = ft.voc07_ap(truths, detections)
+        for name, thresholds in (("AP50", [0.5]), ("AP75", [0.75]), ("AP", ft.AP_IOUS)):
+            want = [devkit_ap(truths, detections, l, t) for l in labels for t in thresholds]
+            assert got[name] == pytest.approx(np.mean(want) if want else -1, abs=1e-9), (seed, name)
+
+
+def test_voc07_by_hand():
+    # Ranks: right, wrong, right of 2 truths: recall 1/2, 1/2, 1, precision 1, 1/2, 2/3. Of the 11
+    # recalls 0 ... 0.5 see 1 and 0.6 ... 1.0 see 2/3.
+    got = ft.voc07_ap([truth([A]), truth([B])], [found([A, AWAY], [0.9, 0.8]), found([B], [0.7])])
+    assert got["AP50"] == got["AP"] == pytest.approx((6 + 5 * 2 / 3) / 11)
+    # A difficult truth is not missed when nothing finds it, and its detection is not wrong.
+    got = ft.voc07_ap([truth([A, B], ignore=[True, False])], [found([A, B], [0.9, 0.8])])
+    assert got == {"AP": 1, "AP50": 1, "AP75": 1}
+    # The best truth is taken: wrong here, where COCO gives the second detection the other truth.
+    case = [truth([[0, 0, 20, 10], [2, 0, 22, 10]])], [
+        found([[0, 0, 20, 10], [0.5, 0, 20.5, 10]], [0.9, 0.8])]
+    assert ft.voc07_ap(*case)["AP50"] == pytest.approx(6 / 11)
+    assert coco_ap(*case)["AP50"] == pytest.approx(1)
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -311,66 +376,239 @@ def make_voc(folder, objects, split="trainval"):
     return folder
 
 
-@pytest.mark.parametrize("inner", ["", "VOC2007", "VOCdevkit/VOC2007"])
-def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, capsys):
+def error(*args, **kwargs):
+    with pytest.raises(InputError) as caught:
+        ft.Annotated(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("inner, split", [("", "trainval"), ("VOCdevkit/VOC2007", "2007/trainval"),
+                                          ("VOCdevkit/VOC2012", "2012/trainval")])
+def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
     make_voc(tmp_path / inner, [[("dog", 0, 1, 1, 80, 60), ("cat", 1, 11, 21, 30, 40)],
                                 [], [("cat", 0, 7, 7, 7, 20)]])
-    data = ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES)
-    image, boxes, labels, ignore = data[0]
+    data = ft.Annotated("voc", str(tmp_path), [split])
+    image, truth = data[0]
     assert image.shape == (3, 60, 80) and image.dtype == torch.uint8
-    assert boxes.tolist() == [[0, 0, 80, 60], [10, 20, 30, 40]]
-    assert [ft.VOC_CLASSES[i] for i in labels] == ["dog", "cat"]
-    assert ignore.tolist() == [False, True]
+    assert truth["boxes"].tolist() == [[0, 0, 80, 60], [10, 20, 30, 40]]
+    assert truth["area"].tolist() == [4800, 400]
+    assert [data.classes[i] for i in truth["labels"]] == ["dog", "cat"]
+    assert truth["ignore"].tolist() == [False, True]
     for i in (1, 2):  # an image without objects, and one whose only box has no area
-        _, boxes, labels, ignore = data[i]
-        assert boxes.shape == (0, 4) and labels.shape == ignore.shape == (0,)
-    assert "1 boxes without area" in capsys.readouterr().out
+        _, truth = data[i]
+        assert truth["boxes"].shape == (0, 4) and truth["labels"].shape == (0,)
+        assert ft.training_item(data[i])[1]["boxes"].shape == (0, 4)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "1 boxes without area left out (0002.xml)" in said
+    data = ft.Annotated("voc", str(tmp_path), [split], training=True)
+    assert data[0][1]["ignore"].tolist() == [False, False]  # difficult ones train
+    assert data.classes == (["cat", "dog"] if not inner else ft.VOC_CLASSES)
 
 
-def test_voc_names_the_file_that_is_wrong(tmp_path):
+def test_splits_of_several_years_are_joined(tmp_path):
+    make_voc(tmp_path / "VOCdevkit/VOC2007", [[("dog", 0, 1, 1, 9, 9)]] * 3)
+    make_voc(tmp_path / "VOCdevkit/VOC2012", [[("cat", 0, 1, 1, 9, 9)]] * 2)
+    args = ft.parse_args(["--dataset", "voc"])
+    data = ft.Annotated("voc", str(tmp_path), args.train_split, training=True)
+    assert [data.classes[data[i][1]["labels"]] for i in range(5)] == [*["dog"] * 3, *["cat"] * 2]
+
+
+def test_own_files_of_any_kind(tmp_path):
+    make_voc(tmp_path, [[("dog", 0, 1, 1, 9, 9)]] * 2)
+    with Image.open(tmp_path / "JPEGImages" / "0001.jpg") as image:
+        image.save(tmp_path / "JPEGImages" / "0001.png")
+    (tmp_path / "JPEGImages" / "0001.jpg").unlink()
+    assert len(ft.Annotated("voc", str(tmp_path), ["trainval"])[1][0]) == 3
+
+
+def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     make_voc(tmp_path, [[("dog", 0, 1, 1, 9, 9)], [("wolf", 0, 1, 1, 9, 9)]])
-
-    def error(split="trainval"):
-        with pytest.raises(InputError) as caught:
-            ft.VOC(str(tmp_path), split, ft.VOC_CLASSES)
-        return str(caught.value)
-
+    args = "voc", str(tmp_path), ["trainval"]
     path = tmp_path / "Annotations" / "0001.xml"
-    assert "0001.xml: unknown class 'wolf'" in error()
-    path.write_text("<annotation><object>")
-    assert "0001.xml is not a VOC annotation" in error()
-    path.write_text(XML.format("<object><name>dog</name></object>"))
-    assert "0001.xml is not a VOC annotation" in error()
-    path.write_text(XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)))
-    assert "0001.xml" in error()
+    assert "0001.xml: unknown class 'wolf'" in error(*args, classes=["dog"])
+    for text in ("<annotation><object>", "", "<other/>",
+                 XML.format("<object><name>a</name></object>"),
+                 XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)),
+                 XML.format(OBJECT.format("", 0, 1, 1, 9, 9)), "<annotation>text</annotation>",
+                 XML.format("<object><name>a</name><name>b</name><bndbox/></object>")):
+        path.write_text(text)
+        assert "0001.xml is not a VOC annotation" in error(*args), text
+    path.write_text(XML.format(OBJECT.format("dog", 0, "nan", 1, 9, 9)))
+    assert "0001.xml" in error(*args)
+    path.write_text(XML.format(OBJECT.format("dog", 0, 90, 1, 99, 9)))
+    assert "0001.xml: the box 89 0 99 9 is outside the image of 80 x 60 pixels" in error(*args)
+    path.write_text(XML.format(OBJECT.format("dog", 0, 60, 1, 99, 9)))
+    capsys.readouterr()
+    assert ft.Annotated(*args)[1][1]["boxes"].tolist() == [[59, 0, 99, 9]]
+    assert "1 boxes reach outside the image (0001.xml)" in capsys.readouterr().out
+    assert ft.Annotated(*args, training=True)[1][1]["boxes"].tolist() == [[59, 0, 80, 9]]
     path.unlink()
-    assert "no such file" in error() and "0001.xml" in error()
-    assert "no such split" in error("val")
-    with pytest.raises(InputError, match="not in VOC layout"):
-        ft.VOC(str(tmp_path / "Annotations"), "trainval", ft.VOC_CLASSES)
+    assert "no such file" in error(*args) and "0001.xml" in error(*args)
+    assert "no split val: no ImageSets/Main/val.txt" in error("voc", str(tmp_path), ["val"])
+    for split in ("2007/trainval", "1999/trainval", "2007/other", "2012/test"):
+        assert f"no split {split}" in error("voc", str(tmp_path), [split])
     path.write_text(XML.format(""))
     (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(b"no image")
     with pytest.raises(InputError, match="cannot decode .*0000.jpg"):
-        ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES)[0]
-    data = ft.VOC(str(tmp_path), "trainval", ft.VOC_CLASSES, training=True)
-    assert torch.equal(data[0][0], data[1][0]) and data[0][1].shape == (0, 4)  # the next, whole
+        ft.Annotated(*args)[0]
+    data = ft.Annotated(*args, training=True)
+    assert torch.equal(data[0][0], data[1][0]) and data[0][1]["boxes"].shape == (0, 4)  # the next
     assert data.broken.tolist() == [True, False]
     (tmp_path / "JPEGImages" / "0000.jpg").unlink()
-    assert "no such file" in error() and "0000.jpg" in error()
+    assert "no such file" in error(*args) and "0000.jpg" in error(*args)
     (tmp_path / "ImageSets" / "Main" / "none.txt").write_text("\n")
-    assert "no images in none.txt" in error("none")
+    assert "no images in none" in error("voc", str(tmp_path), ["none"])
+
+
+def make_coco(folder):
+    """Three 80 x 60 photos and a JSON: a crowd, an empty image, gaps in the ids, flat boxes."""
+    make_photos(folder / "photos", 4)
+
+    def thing(image, category, box, **more):
+        return dict(id=len(things) + 1, image_id=image, category_id=category, bbox=box, **more)
+
+    things = []
+    things.append(thing(70, 44, [10, 10, 20, 30], iscrowd=0, area=432.5))
+    things.append(thing(70, 3, [40.5, 5.25, 35, 50], iscrowd=0, area=1700))
+    things.append(thing(9, 44, [0, 0, 60, 50], iscrowd=1, area=2900))
+    things.append(thing(9, 90, [3, 4, 12, 13], iscrowd=0, area=100))
+    things.append(thing(9, 90, [3, 4, 0, 13], iscrowd=0, area=0))
+    things.append(thing(12, 3, [30, 20, 50.4, 40], iscrowd=0, area=2000))  # 0.4 past the border
+    content = dict(
+        images=[dict(id=i, file_name=f"{n:04}.jpg", width=80, height=60)
+                for n, i in enumerate((70, 9, 500, 12))],
+        categories=[dict(id=i, name=n) for i, n in ((44, "bottle"), (3, "car"), (90, "brush"))],
+        annotations=things)
+    (folder / "some.json").write_text(json.dumps(content))
+    return folder, content
+
+
+def test_coco_items(tmp_path, capsys):
+    folder, content = make_coco(tmp_path)
+    data = ft.Annotated("coco", str(folder), ["some.json:photos"])
+    assert "1 boxes without area left out (0001.jpg)" in capsys.readouterr().out
+    assert data.classes == ["car", "bottle", "brush"] and len(data) == 4  # by category id
+    truths = [data[i][1] for i in range(4)]
+    assert truths[0]["boxes"].tolist() == [[10, 10, 30, 40], [40.5, 5.25, 75.5, 55.25]]
+    assert truths[0]["labels"].tolist() == [1, 0] and truths[0]["area"].tolist() == [432.5, 1700]
+    assert truths[1]["labels"].tolist() == [1, 2] and truths[1]["ignore"].tolist() == [True, False]
+    assert truths[2]["boxes"].shape == (0, 4) and truths[2]["labels"].shape == (0,)
+    assert truths[3]["boxes"].tolist() == [[30, 20, 80.4, 60]]
+    data = ft.Annotated("coco", str(folder), ["some.json:photos"], training=True)
+    _, target = ft.training_item(data[1])
+    assert target["labels"].tolist() == [3] and target["boxes"].shape == (1, 4)  # no crowd
+    assert data[3][1]["boxes"].tolist() == [[30, 20, 80, 60]]
+    # COCO's own names; the file's classes, also where another split lists them under other ids
+    (folder / "annotations").mkdir()
+    for category, i in zip(content["categories"], (1, 2, 3)):
+        category["id"] = i
+    for thing, i in zip(content["annotations"], (1, 2, 1, 3, 3, 2)):
+        thing["category_id"] = i
+    (folder / "annotations" / "instances_photos.json").write_text(json.dumps(content))
+    other = ft.Annotated("coco", str(folder), ["photos"], classes=data.classes)
+    assert [other[i][1]["labels"].tolist() for i in range(4)] == [
+        t["labels"].tolist() for t in truths]
+    assert len(ft.Annotated("coco", str(folder), ["photos", "some.json:photos"])) == 8
+
+
+def test_coco_ap_equals_pycocotools_on_the_file(tmp_path):
+    coco = pytest.importorskip("pycocotools.coco")
+    cocoeval = pytest.importorskip("pycocotools.cocoeval")
+    folder, content = make_coco(tmp_path)
+    data = ft.Annotated("coco", str(folder), ["some.json:photos"])
+    content["annotations"] = [a for a in content["annotations"] if min(a["bbox"][2:]) > 0]
+    (folder / "some.json").write_text(json.dumps(content))
+    ids = [image["id"] for image in content["images"]]
+    category = {c["name"]: c["id"] for c in content["categories"]}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        detections, results = [], []
+        for i in range(len(data)):
+            boxes = data[i][1]["boxes"].numpy()
+            boxes = np.repeat(boxes, 3, axis=0) + rng.normal(0, 2, (3 * len(boxes), 4))
+            boxes = np.concatenate([boxes, [[5, 5, 20, 20], [30, 30, 60, 50]]])  # some in the crowd
+            labels = np.r_[np.repeat(data[i][1]["labels"].numpy(), 3), rng.integers(0, 3, 2)]
+            scores = rng.random(len(boxes))
+            detections.append(dict(boxes=boxes, labels=labels, scores=scores))
+            results += [dict(image_id=ids[i], category_id=category[data.classes[l]], score=float(s),
+                             bbox=[*map(float, (*b[:2], *(b[2:] - b[:2])))])
+                        for b, l, s in zip(boxes, labels, scores)]
+        got = coco_ap([data[i][1] for i in range(len(data))], detections)
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = coco.COCO(str(folder / "some.json"))
+            e = cocoeval.COCOeval(truth, truth.loadRes(results), "bbox")
+            e.evaluate()
+            e.accumulate()
+            e.summarize()
+        assert 0.1 < got["AP"] < 0.99
+        for name, want in zip(NAMES, e.stats):
+            assert got[name] == pytest.approx(want, abs=1e-9), (seed, name)
+
+
+def test_coco_names_the_file_that_is_wrong(tmp_path):
+    folder, content = make_coco(tmp_path)
+    args = "coco", str(folder), ["some.json:photos"]
+
+    def broken(change):
+        other = json.loads(json.dumps(content))
+        change(other)
+        (folder / "some.json").write_text(json.dumps(other))
+        return error(*args)
+
+    for change in (lambda c: c["annotations"][1].update(category_id=4),
+                   lambda c: c["annotations"][1].update(image_id=4),
+                   lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
+                   lambda c: c["annotations"][1].update(bbox=[1, 2, 3, "x"]),
+                   lambda c: c["annotations"][1].update(area=None),
+                   lambda c: c["annotations"][1].pop("bbox")):
+        message = broken(change)
+        assert "some.json" in message and '"id": 2' in message
+    assert "no such file" in broken(lambda c: c["images"][1].update(file_name="none.jpg"))
+    assert "0000.jpg: the box 100 5" in broken(
+        lambda c: c["annotations"][0].update(bbox=[100, 5, 9, 9]))
+    assert "is not a COCO instances file" in broken(lambda c: c.pop("images"))
+    assert "is not a COCO instances file" in broken(lambda c: c.update(categories=3))
+    assert "is not a COCO instances file" in broken(lambda c: c["images"][1].pop("file_name"))
+    assert "no images in" in broken(lambda c: c.update(images=[], annotations=[]))
+    for text in ("{", "[]", "\xff"):
+        (folder / "some.json").write_text(text)
+        assert "is not a COCO instances file" in error(*args)
+    assert "no such file" in error("coco", str(folder), ["train2017"])
+    assert "instances_train2017.json" in error("coco", str(folder), ["train2017"])
+    content["images"][0].update(width=60, height=80)  # annotated the other way round
+    content["annotations"][1].update(bbox=[1, 2, 30, 40])
+    (folder / "some.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="0000.jpg has 80 x 60 pixels; .* says 60 x 80"):
+        ft.Annotated(*args)[0]
+
+
+def test_a_fraction_is_drawn_by_the_seed(tmp_path):
+    make_voc(tmp_path, [[("dog", 0, 1 + i, 1, 30 + i, 9)] for i in range(40)])
+
+    def paths(fraction, seed):
+        data = ft.Annotated("voc", str(tmp_path), ["trainval"], None, True, fraction, seed)
+        for i in range(len(data)):  # still with its own boxes
+            assert data[i][1]["boxes"][0, 0] == int(data.paths[i][-8:-4])
+        return set(data.paths)
+
+    few, more = paths(0.1, 0), paths(0.5, 0)
+    assert len(few) == 4 and len(more) == 20 and few < more
+    assert few == paths(0.1, 0) != paths(0.1, 1)
+    assert "no images" in error("voc", str(tmp_path), ["trainval"], fraction=0.01)
 
 
 def test_flips_move_the_boxes_with_the_pixels():
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     image[:, 4:9, 2:12] = 255
-    item = (image, torch.tensor([[2.0, 4, 12, 9], [0, 0, 1, 1]]), torch.tensor([3, 5]),
-            torch.tensor([False, True]))
+    item = image, dict(boxes=torch.tensor([[2.0, 4, 12, 9], [0, 0, 1, 1]]).double(),
+                       labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]))
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
         flipped, target = ft.training_item(item)
         (x1, y1, x2, y2), = target["boxes"].int().tolist()
+        assert target["boxes"].dtype == torch.float32
         assert target["labels"].tolist() == [4]  # from 1; the one to ignore is left out
         assert (flipped[:, y1:y2, x1:x2] == 255).all()
         assert flipped.float().sum() == 255 * 3 * 50
@@ -380,44 +618,142 @@ def test_flips_move_the_boxes_with_the_pixels():
 
 # ---------------------------------------------------------------------------------------- detector
 
+SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=8, rois=16)
 
-def test_every_layer_of_the_detector_trains():
+
+@pytest.mark.parametrize("detector, norms", [("fpn", 20 + 8), ("c4", 20 + 1)])
+def test_every_layer_of_the_detector_trains(detector, norms):
+    """Batch norms: of ResNet-18, of the FPN's four inner and four layer blocks, C4's extra one."""
     torch.manual_seed(0)
-    model = ft.build_detector("resnet18", 6, fpn_channels=16, min_size=[64], max_size=64,
-                              anchor_size=8, rois=16).train()
-    norms = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
-    assert len(norms) == 20 + 8  # of ResNet-18, and of the FPN's four inner and four layer blocks
-    assert all(type(m) is torch.nn.BatchNorm2d and m.training for m in norms)
+    model = ft.build_detector("resnet18", 6, detector, **SMALL).train()
+    found = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    assert len(found) == norms
+    assert all(type(m) is torch.nn.BatchNorm2d and m.training for m in found)
     assert all(p.requires_grad for p in model.parameters())
-    before = [m.running_mean.clone() for m in norms]
+    before = [m.running_mean.clone() for m in found]
     targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1])),
                dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
     sum(model([torch.rand(3, 64, 64), torch.rand(3, 48, 64)], targets).values()).backward()
-    assert all(p.grad is not None for p in model.parameters())
-    assert all(not torch.equal(a, m.running_mean) for a, m in zip(before, norms))
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+    assert all(not torch.equal(a, m.running_mean) for a, m in zip(before, found))
 
 
-def test_the_papers_sizes():
-    model = ft.build_detector("resnet50", 20)
-    shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert shapes["backbone.body.layer4.2.conv3.weight"] == (2048, 512, 1, 1)
-    assert shapes["backbone.fpn.inner_blocks.3.0.weight"] == (256, 2048, 1, 1)
-    assert shapes["backbone.fpn.layer_blocks.0.1.running_mean"] == (256,)
-    assert shapes["roi_heads.box_predictor.cls_score.weight"] == (21, 1024)
-    assert [*model.rpn.anchor_generator.sizes] == [(32,), (64,), (128,), (256,), (512,)]
-    assert model.roi_heads.detections_per_img == 100
+RESNET50 = {"conv1.weight": (64, 3, 7, 7), "bn1.running_var": (64,),
+            "layer1.0.downsample.0.weight": (256, 64, 1, 1),
+            "layer2.3.conv2.weight": (128, 128, 3, 3),
+            "layer3.0.conv1.weight": (256, 512, 1, 1), "layer3.5.conv3.weight": (1024, 256, 1, 1)}
+RES5 = {"layer4.0.conv1.weight": (512, 1024, 1, 1),
+        "layer4.0.downsample.0.weight": (2048, 1024, 1, 1),
+        "layer4.2.conv3.weight": (2048, 512, 1, 1), "layer4.2.bn3.bias": (2048,)}
+C4 = {**{f"backbone.{k}": v for k, v in RESNET50.items()},
+      **{f"roi_heads.box_head.{k}": v for k, v in RES5.items()},
+      **{f"roi_heads.box_head.norm.{k}": (2048,) for k in ("weight", "bias", "running_mean",
+                                                           "running_var")},
+      "rpn.head.conv.0.0.weight": (1024, 1024, 3, 3),  # 15 anchors a position
+      "rpn.head.cls_logits.weight": (15, 1024, 1, 1), "rpn.head.bbox_pred.weight": (60, 1024, 1, 1),
+      "roi_heads.box_predictor.cls_score.weight": (21, 2048),
+      "roi_heads.box_predictor.bbox_pred.weight": (84, 2048)}
+FPN = {**{f"backbone.body.{k}": v for k, v in {**RESNET50, **RES5}.items()},
+       **{f"backbone.fpn.inner_blocks.{i}.0.weight": (256, 256 << i, 1, 1) for i in range(4)},
+       **{f"backbone.fpn.layer_blocks.{i}.0.weight": (256, 256, 3, 3) for i in range(4)},
+       **{f"backbone.fpn.{b}_blocks.{i}.1.{k}": (256,) for b in ("inner", "layer") for i in range(4)
+          for k in ("weight", "bias", "running_mean", "running_var")},
+       "rpn.head.conv.0.0.weight": (256, 256, 3, 3),  # 3 anchors a position
+       "rpn.head.cls_logits.weight": (3, 256, 1, 1), "rpn.head.bbox_pred.weight": (12, 256, 1, 1),
+       "roi_heads.box_head.fc6.weight": (1024, 256 * 7 * 7),
+       "roi_heads.box_head.fc7.weight": (1024, 1024),
+       "roi_heads.box_predictor.cls_score.weight": (21, 1024),
+       "roi_heads.box_predictor.bbox_pred.weight": (84, 1024)}
 
 
-def test_weights_reach_the_detector_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("detector, shapes, backbone_tensors", [("c4", C4, 258), ("fpn", FPN, 366)])
+def test_the_papers_detectors(detector, shapes, backbone_tensors):
+    model = ft.build_detector("resnet50", 20, detector)
+    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    assert {k: state.get(k) for k in shapes} == shapes
+    if detector == "c4":
+        assert not [k for k in state if "fpn" in k or "fc6" in k or "backbone.layer4" in k]
+        assert model.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),)
+    else:
+        assert [*model.rpn.anchor_generator.sizes] == [(32,), (64,), (128,), (256,), (512,)]
+        assert not [k for k in state if k.startswith("backbone.fpn") and k.endswith(".0.bias")]
+    assert sum(k.startswith("backbone.") for k in state) == backbone_tensors
+    assert model.roi_heads.detections_per_img == 100 and model.roi_heads.score_thresh == 0.05
+    assert model.rpn._pre_nms_top_n == dict(c4=dict(training=12000, testing=6000),
+                                            fpn=dict(training=2000, testing=1000))[detector]
+    assert model.rpn._post_nms_top_n == dict(training=2000, testing=1000)
+    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+
+
+def test_c4_from_image_to_classes():
+    """Res4 at stride 16, RoIs of 14 x 14 that Res5 halves, one more batch norm, then the mean."""
+    torch.manual_seed(0)
+    model = ft.build_detector("resnet50", 20, "c4", min_size=[96], max_size=128, rois=8).eval()
+    seen = {}
+    for name in ("backbone", "rpn.head", "roi_heads.box_roi_pool", "roi_heads.box_head.layer4",
+                 "roi_heads.box_head.norm", "roi_heads.box_head"):
+        model.get_submodule(name).register_forward_hook(
+            lambda _m, inputs, out, name=name: seen.update({name: (inputs, out)}))
+    model.roi_heads.box_head.norm.running_mean += 3
+    model([torch.rand(3, 96, 128)])
+    assert seen["backbone"][1].shape == (1, 1024, 6, 8)
+    assert seen["rpn.head"][0][0][0].shape == (1, 1024, 6, 8)
+    rois = len(seen["roi_heads.box_roi_pool"][1])
+    assert seen["roi_heads.box_roi_pool"][1].shape == (rois, 1024, 14, 14) and rois == 16
+    res5 = seen["roi_heads.box_head.layer4"][1]
+    assert res5.shape == (rois, 2048, 7, 7)
+    by_hand = (res5 - 3) / (1 + 1e-5) ** 0.5
+    assert torch.allclose(seen["roi_heads.box_head"][1], by_hand.mean((2, 3)), atol=1e-5)
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_weights_reach_the_detector_bit_for_bit(tmp_path, detector):
     torch.manual_seed(1)
     stages = common.resnet_stages("resnet18")
     common.export_backbone(stages, tmp_path / "backbone.pt")
-    model = ft.build_detector("resnet18", 3, 16, weights=str(tmp_path / "backbone.pt"))
-    body = model.backbone.body.state_dict()
-    assert body.keys() == stages.state_dict().keys()
-    assert all(torch.equal(v, body[k]) for k, v in stages.state_dict().items())
-    other = ft.build_detector("resnet18", 3, 16)
-    assert not torch.equal(other.backbone.body.conv1.weight, stages.conv1.weight)
+    wanted = stages.state_dict()
+    for weights in (str(tmp_path / "backbone.pt"), "none"):
+        model = ft.build_detector("resnet18", 3, detector, **SMALL, weights=weights)
+        state = {k.replace("backbone.body.", "").replace("backbone.", "")
+                 .replace("roi_heads.box_head.layer4", "layer4"): v
+                 for k, v in model.state_dict().items()}
+        assert wanted.keys() <= state.keys()
+        same = [torch.equal(v, state[k]) for k, v in wanted.items() if v.dim() == 4]
+        assert all(same) if weights != "none" else not any(same)
+
+
+def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
+    torch.manual_seed(1)
+    path = str(tmp_path / "detector.pt")
+    donor = ft.build_detector("resnet18", 5, **SMALL)
+    common.save_checkpoint(path, model=donor.state_dict())  # as a fine-tune's own checkpoint
+    model = ft.build_detector("resnet18", 3, **SMALL, weights=path)  # of other classes
+    said = capsys.readouterr().out
+    assert "tensors loaded into backbone.fpn" in said and "into roi_heads.box_head" in said
+    wanted = {k: v for k, v in donor.state_dict().items()
+              if k.startswith(("backbone.", "roi_heads.box_head."))}
+    state = model.state_dict()
+    assert all(torch.equal(v, state[k]) for k, v in wanted.items())
+    assert state["roi_heads.box_predictor.cls_score.weight"].shape == (4, 1024)
+
+    head = FastRCNNConvFCHead((16, 7, 7), [16] * 4, [1024], norm_layer=torch.nn.BatchNorm2d)
+    parts = {k: v for k, v in wanted.items() if "box_head" not in k}
+    parts.update({f"roi_heads.box_head.{k}": v for k, v in head.state_dict().items()})
+    common.save_checkpoint(path, **parts)  # as SoCo's: four convolutions and one linear layer
+    model = ft.build_detector("resnet18", 3, **SMALL, weights=path)
+    assert type(model.roi_heads.box_head) is FastRCNNConvFCHead
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
+    assert model.eval()([torch.rand(3, 64, 64)])[0]["boxes"].shape[1] == 4
+
+    assert "fpn" not in "".join(ft.build_detector("resnet18", 3, "c4", **SMALL,
+                                                  weights=path).state_dict())  # the ResNet alone
+    with pytest.raises(InputError, match="detector.pt: backbone.fpn: .*size mismatch") as caught:
+        ft.build_detector("resnet18", 3, fpn_channels=32, weights=path)
+    assert "\n" not in str(caught.value)
+    del parts["backbone.fpn.inner_blocks.0.0.weight"]
+    common.save_checkpoint(path, **parts)
+    with pytest.raises(InputError, match="Missing key.*inner_blocks.0.0.weight"):
+        ft.build_detector("resnet18", 3, **SMALL, weights=path)
 
 
 def test_learning_rate():
@@ -425,6 +761,79 @@ def test_learning_rate():
     rates = [ft.learning_rate(step, 1.0, 10, [20, 30]) for step in (5, 10, 19, 20, 29, 30, 99)]
     assert rates == pytest.approx([0.5005, 1, 1, 0.1, 0.1, 0.01, 0.01])
     assert ft.learning_rate(0, 1.0, 0, []) == 1
+    assert ft.learning_rate(5, 1e-4, 0, [5], 0.5) == pytest.approx(5e-5)
+
+
+VOC_SIZES, COCO_SIZES = [*range(480, 801, 32)], [*range(640, 801, 32)]
+
+
+@pytest.mark.parametrize("words, detector, iterations, drops, warmup, sizes", [
+    ("voc", "c4", 24000, [18000, 22000], 100, VOC_SIZES),
+    ("voc --detector fpn", "fpn", 24000, [18000, 22000], 100, VOC_SIZES),
+    ("coco", "fpn", 90000, [60000, 80000], 1000, COCO_SIZES),
+    ("coco --detector c4 --schedule 2x", "c4", 180000, [120000, 160000], 1000, COCO_SIZES),
+    ("coco --fraction 0.01", "fpn", 12000, [8000, 10667], 1000, COCO_SIZES),
+    ("coco --fraction 0.1 --schedule 2x", "fpn", 12000, [8000, 10667], 1000, COCO_SIZES),
+    ("coco --iterations 9 --drops 3 5", "fpn", 9, [3, 5], 1000, COCO_SIZES),
+])
+def test_the_papers_recipes(words, detector, iterations, drops, warmup, sizes):
+    args = ft.parse_args(["--dataset", *words.split()])
+    assert ft.schedule(args, per_epoch=1000) == 0.1
+    assert (args.detector, args.iterations, args.drops) == (detector, iterations, drops)
+    assert (args.warmup, args.min_size, args.max_size) == (warmup, sizes, 1333)
+    assert (args.lr, args.batch_size, args.weight_decay) == (0.02, 16, 1e-4)
+    assert (args.optimizer, args.arch, args.rois) == ("sgd", "resnet50", 512)
+
+
+def test_the_reports_recipe():
+    args = ft.parse_args("--dataset coco --optimizer adam".split())
+    assert ft.schedule(args, per_epoch=50) == 0.5
+    assert (args.iterations, args.drops, args.lr, args.warmup) == (2000, [1000], 1e-4, 0)
+    rates = [ft.learning_rate(step, args.lr, 0, args.drops, 0.5) for step in (0, 999, 1000, 1999)]
+    assert rates == pytest.approx([1e-4, 1e-4, 5e-5, 5e-5])
+    args = ft.parse_args("--dataset coco --optimizer adam --schedule 1x --lr 1e-3".split())
+    assert ft.schedule(args, per_epoch=50) == 0.1
+    assert (args.iterations, args.drops, args.lr) == (90000, [60000, 80000], 1e-3)
+
+
+# ---------------------------------------------------------------------- processes, and whole runs
+
+
+def gradients(number, world, path, detector):
+    """Every parameter's gradient from a batch of four scenes; this process has its share of it."""
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{path}/store", rank=number, world_size=world)
+    data = ft.LabelledScenes(4, seed=3)
+    torch.manual_seed(0)
+    model = ft.build_detector("resnet18", 6, detector, 16, [128], 128, 8, 16).train()
+    for module in model.modules():  # whose statistics are of a process's own images
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    ddp = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model)
+    items, share = [ft.training_item(data[i]) for i in range(4)], 4 // world
+    mine = items[number * share:(number + 1) * share]
+    randperm = torch.randperm
+    torch.randperm = lambda n, device: torch.from_numpy(np.random.default_rng(n).permutation(n))
+    sum(ddp([image / 255 for image, _ in mine], [t for _, t in mine]).values()).backward()
+    torch.randperm = randperm
+    if number == 0:
+        torch.save({n: p.grad for n, p in model.named_parameters()}, path / f"{world}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_two_processes_have_the_gradients_of_one(tmp_path, detector):
+    gradients(0, 1, tmp_path, detector)
+    torch.multiprocessing.start_processes(gradients, (2, tmp_path, detector), 2,
+                                          start_method="spawn")
+    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert gradient.abs().max() > 0, name
+        assert (gradient - two[name]).norm() <= 1e-5 * gradient.norm(), name
 
 
 class Oracle(torch.nn.Module):
@@ -438,7 +847,8 @@ class Oracle(torch.nn.Module):
     def forward(self, images):
         found = []
         for image in images:
-            _, boxes, labels, _ = self.known[round(float((image * 255).mean()), 3)]
+            _, truth = self.known[round(float((image * 255).mean()), 3)]
+            boxes, labels = truth["boxes"], truth["labels"]
             scores = torch.linspace(0.9, 0.4, len(boxes)) + 0.001 * len(boxes)
             boxes = boxes + 4 * self.shift * (boxes[:, :1] % 3)
             found.append(dict(boxes=boxes, labels=labels + 1, scores=scores))
@@ -449,6 +859,9 @@ class Silent:
     def stop_if_asked(self):
         pass
 
+    def say(self, text, rewrite=False):
+        pass
+
 
 def evaluate_everywhere(number, world, path):
     torch.set_num_threads(1)
@@ -456,7 +869,7 @@ def evaluate_everywhere(number, world, path):
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{path}/store{world}", rank=number, world_size=world)
     data = ft.LabelledScenes(23, seed=3)
-    args = SimpleNamespace(batch_size=6, workers=0)
+    args = SimpleNamespace(batch_size=6, workers=0, dataset="voc")
     torch.manual_seed(number)  # statistics that differ between processes, as on CPUs
     oracle = Oracle(data)
     ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent())
@@ -472,38 +885,82 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
                                               start_method="spawn")
     results = {p.name: p.read_text() for p in tmp_path.glob("*.json")}
     assert len(results) == 6 and len(set(results.values())) == 1
-    assert 0.1 < json.loads(results["1-0.json"])["AP"] < 0.99
+    ap = json.loads(results["1-0.json"])
+    assert 0.1 < ap["AP"] < 0.99 and 0.1 < ap["VOC07"]["AP"] < 0.99
 
 
-def test_a_detector_that_is_right_gets_one(tmp_path):
+def test_a_detector_that_is_right_gets_one():
     data = ft.LabelledScenes(5, seed=3)
-    items = [data[i] for i in range(5)]
-    truths = [dict(boxes=b, labels=c, ignore=i) for _, b, c, i in items]
-    exact = [dict(boxes=b, labels=c, scores=torch.ones(len(c))) for _, b, c, _ in items]
+    truths = [data[i][1] for i in range(5)]
+    exact = [dict(boxes=t["boxes"], labels=t["labels"], scores=torch.ones(len(t["labels"])))
+             for t in truths]
     assert coco_ap(truths, exact)["AP"] == pytest.approx(1)
+
+
+TINY = ("--arch resnet18 --batch-size 4 --fpn-channels 16 --rois 8 --min-size 48 64 --max-size 80 "
+        "--anchor-size 8 --iterations 4 --log-every 2 --workers 0").split()
 
 
 def test_voc_from_end_to_end(tmp_path, capsys):
     things = [[("dog", 0, 1 + i, 5, 40 + i, 50), ("cat", i % 2, 50, 5, 75, 40)] for i in range(8)]
     make_voc(tmp_path / "voc", things)
     make_voc(tmp_path / "voc", things[:5], split="test")
-    words = (f"--dataset voc --data {tmp_path / 'voc'} --classes cat dog --arch resnet18 "
-             f"--batch-size 4 --fpn-channels 16 --rois 8 --min-size 48 64 --max-size 80 "
-             f"--iterations 4 --drops 3 "
-             f"--warmup 2 --log-every 2 --out {tmp_path / 'run'}").split()
+    words = ["--dataset", "voc", "--data", str(tmp_path / "voc"), *TINY, "--warmup", "2",
+             "--train-split", "trainval", "--test-split", "test", "--out", str(tmp_path / "run")]
     for workers in ("0", "2"):
         ft.main([*words, "--workers", workers, "--fresh"])
         out = capsys.readouterr().out
-        assert "AP " in out and "AP50 " in out and "cat " in out and "dog " in out
+        for text in ("resnet18 c4 from random weights: 8 images, 2 classes", "COCO's rules:  AP ",
+                     "VOC07's 11-point rule:  AP ", "cat ", "all 21 batch norm layers train"):
+            assert text in out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "log.csv"}
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
-    assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"cat", "dog"}
+    assert set(ap) == {*NAMES, "per_class", "VOC07"} and set(ap["per_class"]) <= {"cat", "dog"}
+    # the checkpoint's AP again, from its file alone
+    checkpoint = tmp_path / "run" / "checkpoint.pt"
+    ft.main(["--eval-only", str(checkpoint)])
+    assert json.loads((tmp_path / "run" / "eval" / "ap.json").read_text()) == ap
+    ft.main(["--eval-only", str(checkpoint), "--test-split", "trainval", "--out",
+             str(tmp_path / "other")])
+    assert json.loads((tmp_path / "other" / "ap.json").read_text()) != ap
+    assert (tmp_path / "run" / "ap.json").read_text() == json.dumps(ap, indent=2) + "\n"
 
 
-def test_mixed_precision_leaves_boxes_in_float32():
+def test_coco_from_end_to_end(tmp_path, capsys):
+    folder, _ = make_coco(tmp_path / "coco")
+    ft.main(["--dataset", "coco", "--data", str(folder), *TINY, "--train-split", "some.json:photos",
+             "--test-split", "some.json:photos", "--optimizer", "adam",
+             "--out", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "resnet18 fpn from random weights: 4 images, 3 classes" in out and "VOC07" not in out
+    assert "lr 0.0001\n" in out and "lr 5e-05\n" in out
+    ap = json.loads((tmp_path / "run" / "ap.json").read_text())
+    assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"car", "bottle", "brush"}
+
+
+@pytest.mark.parametrize("words, message", [
+    ("--data DIR", "--data needs --dataset"), ("--dataset voc", "needs --data"),
+    ("--fraction 0", "--fraction 0.0 is not from"), ("--fraction 1.5", "--fraction 1.5 is not"),
+    ("--dataset coco --data DIR", "no such file"), ("--eval-only DIR/none.pt", "no such file")])
+def test_bad_arguments(tmp_path, words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        ft.main([*words.replace("DIR", str(tmp_path)).split(), "--out", str(tmp_path / "run")])
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_eval_only_refuses_another_file(tmp_path, capsys):
+    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "file.pt")
+    with pytest.raises(SystemExit):
+        ft.main(["--eval-only", str(tmp_path / "file.pt")])
+    assert "is no checkpoint of this command" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_mixed_precision_leaves_boxes_in_float32(detector):
     torch.manual_seed(0)
-    model = ft.build_detector("resnet18", 3, 16, min_size=[640], max_size=640, rois=8).train()
+    model = ft.build_detector("resnet18", 3, detector, 16, min_size=[640], max_size=640,
+                              rois=8).train()
     truth = torch.tensor([[321.3, 130.7, 611.9, 399.1]])
     seen = []
 
