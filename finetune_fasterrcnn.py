@@ -120,6 +120,8 @@ def parse_args(argv=None):
     known = parser.parse_known_args(argv)[0]
     recipe = {**RECIPES[known.dataset], "drops": None}  # they follow the iterations
     recipe["schedule"] = known.schedule or ("report" if known.optimizer == "adam" else "1x")
+    if (known.dataset, known.detector) == ("scenes", "c4"):  # Res5 runs on every RoI
+        recipe.update(rois=16, min_size=[192], max_size=192)
     if known.optimizer == "adam":
         recipe.update(lr=1e-4, warmup=0, weight_decay=0.0)
     if recipe["schedule"] == "report":

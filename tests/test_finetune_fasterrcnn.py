@@ -939,16 +939,6 @@ def test_coco_from_end_to_end(tmp_path, capsys):
     assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"car", "bottle", "brush"}
 
 
-@pytest.mark.parametrize("words, message", [
-    ("--data DIR", "--data needs --dataset"), ("--dataset voc", "needs --data"),
-    ("--fraction 0", "--fraction 0.0 is not from"), ("--fraction 1.5", "--fraction 1.5 is not"),
-    ("--dataset coco --data DIR", "no such file"), ("--eval-only DIR/none.pt", "no such file")])
-def test_bad_arguments(tmp_path, words, message, capsys):
-    with pytest.raises(SystemExit) as caught:
-        ft.main([*words.replace("DIR", str(tmp_path)).split(), "--out", str(tmp_path / "run")])
-    assert message in str(caught.value) and "\n" not in str(caught.value)
-
-
 def test_eval_only_refuses_another_file(tmp_path, capsys):
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "file.pt")
     with pytest.raises(SystemExit):

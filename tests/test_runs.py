@@ -142,7 +142,12 @@ def test_moco_refuses(tmp_path, photos, flags, message):
 def test_finetune_refuses(tmp_path):
     for flags, message in (("--data x", "--data needs --dataset voc"),
                            ("--dataset voc", "needs --data"),
-                           ("--dataset voc --data x", "x is not in VOC layout"),
+                           ("--dataset voc --data x", "no split 2007/trainval: "),
+                           ("--dataset coco --data x", "no such file: x/annotations/instances_"),
+                           ("--fraction 0", "--fraction 0.0 is not"),
+                           ("--fraction 1.5", "--fraction 1.5 is not"),
+                           ("--eval-only x.pt", "no such file: x.pt"),
+                           ("--dataset voc --data x --eval-only x.pt", "no such file: x.pt"),
                            ("--weights x.pt", "no such file: x.pt"),
                            ("--rois 0", "--rois 0 is not"),
                            ("--batch-size 401", "batch size 401 is more than all 400"),
@@ -187,7 +192,7 @@ def test_the_same_command_again_and_another_one(tmp_path, capsys):
         assert len(file.readlines()) == 3
 
     (tmp_path / "checkpoint.pt").write_bytes(state[:1000])
-    assert "read safely" in refusal(moco_v2.main, words)
+    assert "holds no tensors that can be read" in refusal(moco_v2.main, words)
 
 
 def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
