@@ -567,8 +567,8 @@ def voc07_ap(truths, detections):
 @torch.no_grad()
 def detect(model, images, device):
     """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), on
-    the CPU; best first."""
-    found = model([image.to(device, non_blocking=True).float() / 255 for image in images])
+    the CPU; best first.  One by one: a batch's padding would depend on who shares it."""
+    found = [model([image.to(device, non_blocking=True).float() / 255])[0] for image in images]
     return [dict(boxes=f["boxes"].cpu(), labels=f["labels"].cpu() - 1, scores=f["scores"].cpu())
             for f in found]
 

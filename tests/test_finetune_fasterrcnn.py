@@ -889,6 +889,18 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
     assert 0.1 < ap["AP"] < 0.99 and 0.1 < ap["VOC07"]["AP"] < 0.99
 
 
+def test_detections_do_not_depend_on_who_shares_the_batch():
+    torch.manual_seed(0)
+    model = ft.build_detector("resnet18", 6, **{**SMALL, "max_size": 128}).eval()
+    model.roi_heads.score_thresh = 0.0
+    images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8)
+              for size in ((64, 64), (64, 128), (90, 50))]
+    together = ft.detect(model, images, "cpu")
+    for image, found in zip(images, together):
+        (alone,) = ft.detect(model, [image], "cpu")
+        assert len(found["boxes"]) > 5 and all(torch.equal(alone[k], v) for k, v in found.items())
+
+
 def test_a_detector_that_is_right_gets_one():
     data = ft.LabelledScenes(5, seed=3)
     truths = [data[i][1] for i in range(5)]
