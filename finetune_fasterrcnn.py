@@ -23,11 +23,13 @@ Splits, for --train-split and --test-split; several are joined
 
 Where this differs from the papers, or they are silent
     - On COCO they train Mask R-CNN; this is its box half.
-    - Their code is detectron2's.  Of it, torchvision's RoIAlign lacks the half-pixel shift, its box
-      losses are smooth L1, not L1, and precise batch norm statistics are not computed.
+    - Their code is detectron2's.  Unlike there, RoIAlign is not shifted by half a pixel (it is no
+      option of torchvision's MultiScaleRoIAlign), box losses are smooth L1, the predictors start at
+      torch's default scale, images without boxes train too, a batch mixes wide and tall images, and
+      no precise batch norm statistics are computed.
     - --iterations other than the recipe's move the drops in proportion, also --fraction's 12,000.
-    - `difficult` objects of VOC train, as in detectron2; the evaluation ignores them as it does
-      COCO's crowds, which do not train.
+    - `difficult` objects of VOC train, as in detectron2.  COCO's rules take them for crowds, within
+      which no detection is wrong, VOC07's rule is stricter.  COCO's own crowds do not train.
     - A box has no area where VOC's xmax is not above its xmin (or ymax, ymin), or where a side is
       under 0.01 pixels.  One that reaches outside its image is cut to it in training.
     - The report gives Adam's rates and epochs; neither decay, warm-up nor scaling is a choice.
@@ -42,6 +44,8 @@ import math
 import os
 import time
 from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -52,11 +56,13 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import VOCDetection
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops._utils import split_normalization_params
 
 from common import (InputError, Run, add_run_arguments, check, launch, leave_group, load_backbone,
                     load_batches, load_checkpoint, rank, read_or_next, resnet_stages, seed_for,
@@ -65,13 +71,14 @@ from common import (InputError, Run, add_run_arguments, check, launch, leave_gro
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
 
-RECIPES = {  # what --dataset sets; for both, batch 16, lr 0.02, weight decay 1e-4, long side 1333
-    "voc": dict(detector="c4", train_split=["2007/trainval", "2012/trainval"],
+RECIPES = {  # what --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02,
+    # drops, VOC's warm-up; detectron2's defaults: COCO's warm-up, decay 1e-4, long side 1333.
+    "voc": dict(detector="c4", train_split=["2007/trainval", "2012/trainval"],  # DUPR, 4.1.1
                 test_split=["2007/test"], min_size=[*range(480, 801, 32)],  # DUPR, 4.1.1
-                iterations=24000, drops=[18000, 22000], warmup=100),  # MoCo's configuration for VOC
-    "coco": dict(detector="fpn", train_split=["train2017"], test_split=["val2017"],
+                iterations=24000, drops=[18000, 22000], warmup=100),  # DUPR, 4.1.1
+    "coco": dict(detector="fpn", train_split=["train2017"], test_split=["val2017"],  # DUPR, 4.2.1
                  min_size=[*range(640, 801, 32)],  # DUPR, 4.2.1
-                 iterations=90000, drops=[60000, 80000], warmup=1000),  # MoCo's; of detectron2
+                 iterations=90000, drops=[60000, 80000], warmup=1000),  # DetCo, 4.2
     "scenes": dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[96],
                    max_size=96, fpn_channels=64, anchor_size=8, rois=64,
                    iterations=400, drops=[300, 360], warmup=40),  # small enough for two CPU cores
@@ -102,7 +109,9 @@ def parse_args(argv=None):
     add("--fpn-channels", type=int, default=256)
     add("--anchor-size", type=int, default=32, help="side of the smallest anchors; four more sizes "
         "double it")
-    add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on")
+    add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on; it "
+        "tests on twice as many, 1000 at most")
+    add("--box-head", choices=["2fc", "4conv1fc"], help="the FPN's; default: that of --weights")
     add = parser.add_argument_group("recipe").add_argument
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: lr 1e-4 (the report)")
     add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
@@ -111,14 +120,13 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=16, help="of all processes together")
     add("--lr", type=float, default=0.02, help="for each 16 images of the batch; adam's: for any")
     add("--warmup", type=int, help="iterations of linear growth of the lr")
-    add("--drops", type=int, nargs="*", help="iterations from which lr is a tenth (report: half)")
     add("--weight-decay", type=float, default=1e-4)
     add_run_arguments(parser, out="runs/finetune")
     add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one, with the arguments "
         "that it holds where none are given; --out is eval/ beside it")
 
     known = parser.parse_known_args(argv)[0]
-    recipe = {**RECIPES[known.dataset], "drops": None}  # they follow the iterations
+    recipe = dict(RECIPES[known.dataset])
     recipe["schedule"] = known.schedule or ("report" if known.optimizer == "adam" else "1x")
     if (known.dataset, known.detector) == ("scenes", "c4"):  # Res5 runs on every RoI
         recipe.update(rois=16, min_size=[192], max_size=192)
@@ -131,14 +139,19 @@ def parse_args(argv=None):
     if known.fraction < 1 and known.dataset != "scenes":
         recipe["iterations"] = 12000
     parser.set_defaults(**recipe)
-    if known.eval_only and os.path.isfile(known.eval_only):
-        try:
-            saved = load_checkpoint(known.eval_only)["args"]
-        except (InputError, KeyError, TypeError) as error:
-            parser.error(f"{known.eval_only} is no checkpoint of this command: {error}")
-        out = os.path.join(os.path.dirname(known.eval_only), "eval")
-        parser.set_defaults(**{**saved, "weights": "none", "out": out})
+    if known.eval_only:
+        with suppress(InputError):  # train says it
+            parser.set_defaults(**{**fine_tuned(known.eval_only)["args"], "weights": "none",
+                                   "out": os.path.join(os.path.dirname(known.eval_only), "eval")})
     return parser.parse_args(argv)
+
+
+def fine_tuned(path):
+    """The content of a checkpoint of this command.  InputError: it is none."""
+    saved = load_checkpoint(path)
+    if not isinstance(saved, dict) or saved.get("method") != "finetune_fasterrcnn":
+        raise InputError(f"{path} is no checkpoint of finetune_fasterrcnn")
+    return saved
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -163,7 +176,7 @@ class LabelledScenes(Dataset):
 
 def read_voc(root, split):
     """A split in PASCAL VOC's layout -> its classes, and a list over images of (path, its width and
-    height or None, the annotation's path, [(class, (x1, y1, w, h), difficult, area), ...]).
+    height if they are known, where it is annotated, [(class, (x1, y1, w, h), difficult, area)]).
 
     VOC counts pixels from 1 and includes both ends: x1 and y1 are lowered by 1 here.
     Raises InputError: no such split, a file that is missing or does not parse.
@@ -175,36 +188,34 @@ def read_voc(root, split):
             pairs = zip(listed.images, listed.annotations)
         else:
             with open(f"{root}/ImageSets/Main/{split}.txt") as file:
-                names = [line.split()[0] for line in file if line.strip()]
-            files = {os.path.splitext(f)[0]: f for f in sorted(os.listdir(f"{root}/JPEGImages"))}
-            pairs = [(f"{root}/JPEGImages/{files.get(n, n + '.jpg')}",
-                      f"{root}/Annotations/{n}.xml") for n in names]
+                names = [line.strip() for line in file if line.strip()]
+            ends = [end for lower in IMG_EXTENSIONS for end in (lower, lower.upper())]
+            images = [f"{root}/JPEGImages/{name}" for name in names]
+            images = [next((i + end for end in ends if os.path.isfile(i + end)), i + ".jpg")
+                      for i in images]
+            pairs = zip(images, [f"{root}/Annotations/{name}.xml" for name in names])
     except (OSError, ValueError, RuntimeError):
         folder = os.path.join(root, f"VOCdevkit/VOC{year}" if year else "")
-        raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt, images in {folder} "
-                         "(VOC's own are YEAR/NAME, 2007/trainval; your own folder's are NAME)"
-                         ) from None
+        raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt in {folder} (VOC's own "
+                         "are YEAR/NAME, 2007/trainval; those of your folder NAME)") from None
     images = []
     for image, path in pairs:
         objects = []
         try:
-            for thing in VOCDetection.parse_voc_xml(
-                    ElementTree.parse(path).getroot())["annotation"]["object"]:
-                x1, y1, x2, y2 = (float(thing["bndbox"][side])
+            root = ElementTree.parse(path).getroot()
+            if root.tag != "annotation":
+                raise ValueError(f"it holds <{root.tag}>")
+            for thing in root.iterfind("object"):
+                x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{side}"))
                                   for side in ("xmin", "ymin", "xmax", "ymax"))
                 w, h = (x2 - x1 + 1, y2 - y1 + 1) if x2 > x1 and y2 > y1 else (0, 0)
-                objects.append((str.strip(thing["name"]), (x1 - 1, y1 - 1, w, h),
-                                thing.get("difficult") == "1", w * h))
+                objects.append((thing.findtext("name").strip(), (x1 - 1, y1 - 1, w, h),
+                                thing.findtext("difficult", "0").strip() == "1", w * h))
         except OSError:
             raise InputError(f"no such file: {path}") from None
-        except (ElementTree.ParseError, AttributeError, KeyError, TypeError, ValueError) as error:
-            raise InputError(f"{path} is not a VOC annotation: {error!r}") from None
-        try:
-            with Image.open(image) as opened:
-                size = opened.size  # what the annotation says of it is wrong now and then
-        except Exception:
-            size = None  # broken or missing: found out where it is needed
-        images.append((image, size, path, objects))
+        except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+            raise InputError(f"{path} is not a VOC annotation: {error}") from None
+        images.append((image, None, path, objects))  # the size in it is wrong now and then
     found = sorted({name for *_, objects in images for name, *_ in objects})
     return VOC_CLASSES if year else found, images
 
@@ -218,31 +229,43 @@ def read_coco(root, split):
     name, _, folder = split.partition(":")
     if not folder:
         name, folder = f"annotations/instances_{split}.json", split
-    path = os.path.join(root, name)
+    path, images, thing = os.path.join(root, name), {}, None
     try:
         with open(path) as file:
             content = json.load(file)
-        categories = {c["id"]: c["name"] for c in content["categories"]}
-        images, annotations = {}, content["annotations"]
         for image in content["images"]:
-            file = os.path.join(root, folder, image["file_name"])
-            size = (image["width"], image["height"]) if image.get("width") else None
-            images[image["id"]] = file, size, file, []
-    except OSError:
-        raise InputError(f"no such file: {path} (a split is train2017 or FILE.json:FOLDER)"
-                         ) from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a COCO instances file: {error!r}") from None
-    for thing in annotations:
-        try:
+            size = (int(image["width"]), int(image["height"])) if image.get("width") else None
+            where = f"{path}, {image['file_name']}"
+            if image["id"] in images:
+                raise ValueError(f"two images have the id {image['id']}")
+            images[image["id"]] = os.path.join(root, folder, image["file_name"]), size, where, []
+        categories = {c["id"]: str(c["name"]) for c in content["categories"]}
+        classes = [categories[i] for i in sorted(categories)]
+        for thing in content["annotations"]:
             x, y, w, h = map(float, thing["bbox"])
             images[thing["image_id"]][3].append((
                 categories[thing["category_id"]], (x, y, w, h), bool(thing.get("iscrowd")),
                 float(thing.get("area", w * h))))
-        except (KeyError, TypeError, ValueError):
-            raise InputError(f"{path}: no known image_id, category_id or a bbox of 4 numbers in "
-                             f"annotation {json.dumps(thing)[:200]}") from None
-    return [categories[i] for i in sorted(categories)], [*images.values()]
+    except OSError:
+        raise InputError(f"no such file: {path} (a split is train2017 or FILE.json:FOLDER)"
+                         ) from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a COCO instances file: {error!r}" + (
+            f" in the annotation {json.dumps(thing)[:200]}" if thing else "")) from None
+    return classes, [*images.values()]
+
+
+def within(box, size, source):
+    """A box (x, y, w, h) cut to its image of ``size`` (width, height) -> x1 y1 x2 y2, or None where
+    no area is left.  Raises InputError: it is not finite, or lies off the image by over a pixel."""
+    x, y, w, h = box
+    if not math.isfinite(x + y + w + h):
+        raise InputError(f"{source}: the box {x} {y} {w} {h} is not finite")
+    x1, y1, x2, y2 = max(x, 0), max(y, 0), min(x + w, size[0]), min(y + h, size[1])
+    if min(w, h) >= 0.01 and min(x2 - x1, y2 - y1) < -1:
+        raise InputError(f"{source}: the box {x:g} {y:g} {x + w:g} {y + h:g} lies outside the "
+                         f"image of {size[0]} x {size[1]} pixels")
+    return (x1, y1, x2, y2) if min(w, h, x2 - x1, y2 - y1) >= 0.01 else None
 
 
 class Annotated(Dataset):
@@ -262,34 +285,25 @@ class Annotated(Dataset):
         images = [image for part in parts for image in part[1]]
         drawn = np.random.default_rng(seed).permutation(len(images))
         images = [images[i] for i in sorted(drawn[:round(fraction * len(images))])]
-        if not images:
-            raise InputError(f"no images in {' '.join(splits)} of {root}")
+        if not images or not self.classes:
+            raise InputError(f"no {'classes' if images else 'images'} in {' '.join(splits)} of "
+                             f"{root} (--fraction {fraction} of {len(drawn)} images)")
         self.training, self.paths = training, [path for path, *_ in images]
-        self.sizes = [size for _, size, *_ in images]
         self.broken = torch.zeros(len(images), dtype=torch.bool).share_memory_()
         rows, self.ends, flat, outside = [], [0], [], []
-        for path, size, source, objects in images:
-            if not os.path.isfile(path):
-                raise InputError(f"no such file: {path} (of {source})")
-            width, height = size or (math.inf, math.inf)
+        for path, declared, source, objects in images:
+            size = self._size(path, declared, source)
             for name, (x, y, w, h), ignore, area in objects:
                 if name not in self.classes:
                     raise InputError(f"{source}: unknown class {name!r}, not one of --classes "
                                      f"{' '.join(self.classes)}")
-                box = x, y, x + w, y + h
-                inside = max(x, 0), max(y, 0), min(x + w, width), min(y + h, height)
-                beyond = max(abs(a - b) for a, b in zip(box, inside))
-                if not math.isfinite(x + y + w + h):
-                    raise InputError(f"{source}: the box {x} {y} {w} {h} is not finite")
-                if x > width + 1 or y > height + 1 or x + w < -1 or y + h < -1:
-                    raise InputError(f"{source}: the box {x:g} {y:g} {x + w:g} {y + h:g} is outside"
-                                     f" the image of {width} x {height} pixels")
-                if min(w, h, inside[2] - inside[0], inside[3] - inside[1]) < 0.01:
+                box, cut = (x, y, x + w, y + h), within((x, y, w, h), size, source)
+                if cut is None:
                     flat.append(source)
                     continue
-                if beyond > 1:  # less is rounding
+                if max(abs(a - b) for a, b in zip(box, cut)) > 1:  # less is rounding
                     outside.append(source)
-                rows.append((*(inside if training else box), area, self.classes.index(name),
+                rows.append((*(cut if training else box), area, self.classes.index(name),
                              ignore and not (training and dataset == "voc")))
             self.ends.append(len(rows))
         self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
@@ -299,6 +313,22 @@ class Annotated(Dataset):
                 print(f"{' '.join(splits)}: {len(wrong)} boxes {what} ({', '.join(names[:3])}"
                       f"{', ...' if len(names) > 3 else ''})", flush=True)
 
+    def _size(self, path, declared, source):
+        """Width and height, from the file's header: a fault shows before the training starts."""
+        try:
+            with Image.open(path) as image:
+                size = image.size
+        except FileNotFoundError:
+            raise InputError(f"no such file: {path} (of {source})") from None
+        except Exception:
+            if not self.training:
+                raise InputError(f"cannot decode {path}") from None
+            return math.inf, math.inf
+        if declared not in (None, size):
+            raise InputError(f"{source}: declared as {declared[0]} x {declared[1]} pixels, but "
+                             f"{path} has {size[0]} x {size[1]}")
+        return size
+
     def __len__(self):
         return len(self.paths)
 
@@ -306,9 +336,6 @@ class Annotated(Dataset):
         i, image = read_or_next(self.paths, self.broken, index)
         if i != index and not self.training:
             raise InputError(f"cannot decode {self.paths[index]}")
-        if self.sizes[i] not in (None, (image.shape[2], image.shape[1])):
-            raise InputError(f"{self.paths[i]} has {image.shape[2]} x {image.shape[1]} pixels; its "
-                             f"annotation says {self.sizes[i][0]} x {self.sizes[i][1]}")
         rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
         return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
                            ignore=rows[:, 6].bool())
@@ -316,9 +343,10 @@ class Annotated(Dataset):
 
 def data_sets(args):
     """The training and the test set that the arguments name; no training set for --eval-only."""
-    if (args.dataset == "scenes") != (args.data is None):
-        raise InputError("--data needs --dataset voc or coco" if args.data else
-                         f"--dataset {args.dataset} needs --data, a folder")
+    if args.dataset != "scenes" and args.data is None:
+        raise InputError(f"--dataset {args.dataset} needs --data, a folder")
+    if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):
+        raise InputError("--data and its splits need --dataset voc or coco")
     if args.dataset == "scenes":
         n = max(1, round(args.fraction * args.train_scenes))
         return LabelledScenes(n, seed=1), LabelledScenes(args.test_scenes, seed=2)
@@ -342,11 +370,12 @@ def training_item(item):
 
 
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
-                   max_size=1333, anchor_size=32, rois=512, weights="none"):
+                   max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None):
     """torchvision's Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; an FPN and
-    a box head that it holds under this detector's names are loaded too.
+    a box head that it holds under this detector's names are loaded too.  box_head, of the FPN:
+    "2fc", "4conv1fc" (SoCo's: 4 convolutions with BN, 1 linear layer), or None, as in weights.
     In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, 100 at most for an image.
     """
@@ -357,33 +386,37 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         *shallow, res5 = stages.named_children()
         backbone = nn.Sequential(OrderedDict(shallow))  # (B, 1024, H / 16, W / 16) in ResNet-50
         backbone.out_channels, width = stages.channels[2:]
-        box_head = nn.Sequential(OrderedDict([  # RoIs (N, 1024, 14, 14) -> (N, 2048, 7, 7) -> mean
+        head = nn.Sequential(OrderedDict([  # RoIs (N, 1024, 14, 14) -> (N, 2048, 7, 7) -> mean
             res5, ("norm", nn.BatchNorm2d(width)), ("pool", nn.AdaptiveAvgPool2d(1)),
             ("flatten", nn.Flatten())]))
-        parts = dict(rpn_anchor_generator=AnchorGenerator((sizes,), (ratios,)), box_head=box_head,
-                     rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000,
+        parts = dict(rpn_anchor_generator=AnchorGenerator((sizes,), (ratios,)), box_head=head,
+                     rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000,  # detectron2's
+                     rpn_post_nms_top_n_train=min(2000, 4 * rois),
                      box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0))
     else:
         backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)},
                                    stages.channels, fpn_channels, norm_layer=nn.BatchNorm2d)
-        parts, width = dict(rpn_anchor_generator=AnchorGenerator(
-            [(size,) for size in sizes], [ratios] * 5)), 1024
-        if "roi_heads.box_head.0.0.weight" in rest:  # SoCo's: 4 convolutions, 1 linear layer
-            parts["box_head"] = FastRCNNConvFCHead(
-                (fpn_channels, 7, 7), [fpn_channels] * 4, [width], norm_layer=nn.BatchNorm2d)
+        width, inputs = 1024, (fpn_channels, 7, 7)
+        convolutions = any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest)
+        parts = dict(rpn_anchor_generator=AnchorGenerator([(s,) for s in sizes], [ratios] * 5),
+                     rpn_post_nms_top_n_train=min(1000, 4 * rois),
+                     box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, sampling_ratio=0))
+        if box_head == "4conv1fc" or box_head is None and convolutions:
+            parts["box_head"] = FastRCNNConvFCHead(inputs, [fpn_channels] * 4, [width],
+                                                   norm_layer=nn.BatchNorm2d)
     model = FasterRCNN(backbone, box_predictor=FastRCNNPredictor(width, num_classes + 1),
                        min_size=tuple(min_size), max_size=max_size, box_batch_size_per_image=rois,
-                       rpn_post_nms_top_n_train=min(2000, 4 * rois),
                        rpn_post_nms_top_n_test=min(1000, 2 * rois), **parts)
-    for name in ("backbone.fpn", "roi_heads.box_head") if detector == "fpn" else ():
-        found = {k[len(name) + 1:]: v for k, v in rest.items() if k.startswith(name + ".")}
+    for name in ("backbone.fpn.", "roi_heads.box_head.") if detector == "fpn" else ():
+        prefix = next((k[:k.index(name)] + name for k in rest if name in k), None)
+        found = {k[len(prefix):]: v for k, v in rest.items() if k.startswith(prefix or name)}
         if found:
             try:
-                model.get_submodule(name).load_state_dict(found)
+                model.get_submodule(name[:-1]).load_state_dict(found)
             except RuntimeError as error:
-                raise InputError(f"{weights}: {name}: {' '.join(str(error).split())}") from None
+                raise InputError(f"{weights}: {prefix}*: {' '.join(str(error).split())}") from None
             if rank() == 0:
-                print(f"{weights}: {len(found)} tensors loaded into {name}")
+                print(f"{weights}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
     for head in (model.rpn.head, model.roi_heads.box_predictor):
         head.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
     return model
@@ -634,35 +667,45 @@ def schedule(args, per_epoch):
 
     Returns the factor of the lr at each drop.
     """
-    report, recipe = args.schedule == "report", RECIPES[args.dataset]
     if args.iterations is None:
         args.iterations = 40 * per_epoch
-    if args.drops is None:
-        shares = [0.5] if report else [drop / recipe["iterations"] for drop in recipe["drops"]]
-        args.drops = [round(share * args.iterations) for share in shares]
-    return 0.5 if report else 0.1
+    recipe = RECIPES[args.dataset]
+    shares = [drop / recipe["iterations"] for drop in recipe["drops"]]
+    if args.schedule == "report":
+        shares = [0.5]
+    args.drops = [round(share * args.iterations) for share in shares]
+    return 0.5 if args.schedule == "report" else 0.1
 
 
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     inf = math.inf
     check(args, fraction=(1e-9, 1), train_scenes=(1, inf), test_scenes=(1, inf),
-          iterations=(1, inf), batch_size=(1, inf), lr=(0, inf), warmup=(0, inf), drops=(0, inf),
+          iterations=(1, inf), batch_size=(1, inf), lr=(0, inf), warmup=(0, inf),
           weight_decay=(0, inf), min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf),
           anchor_size=(1, inf), rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    saved = load_checkpoint(args.eval_only) if args.eval_only else None
+    if args.eval_only:
+        saved = fine_tuned(args.eval_only)
+        if Path(args.out, "checkpoint.pt").exists():
+            raise InputError(f"{args.out} holds a run: --eval-only wants another --out")
     train_set, test_set = data_sets(args)
     args.classes = test_set.classes
     torch.manual_seed(args.seed)
     model = build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
                            args.min_size, args.max_size, args.anchor_size, args.rois,
-                           args.weights).to(device)
+                           args.weights, args.box_head).to(device)
+    if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
+        args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.eval_only:
-        model.load_state_dict(saved["model"])
+        try:
+            model.load_state_dict(saved["model"])
+        except RuntimeError as error:
+            raise InputError(f"{args.eval_only} holds another detector: "
+                             f"{' '.join(str(error).split())[:200]}") from None
         run = Run(args, "finetune_fasterrcnn", test_set, 0, 1, {})
     else:
         run = fit(model, train_set, args, device)
@@ -674,32 +717,35 @@ def fit(model, train_set, args, device):
     per_epoch = steps_per_epoch(train_set, args.batch_size)
     factor = schedule(args, per_epoch)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
+    norms, others = split_normalization_params(model)
+    groups = [dict(params=others, weight_decay=args.weight_decay),
+              dict(params=norms, weight_decay=0.0)]  # as detectron2
     if args.optimizer == "adam":
-        base_lr = args.lr
-        optimizer = torch.optim.Adam(model.parameters(), base_lr, weight_decay=args.weight_decay)
+        base_lr, optimizer = args.lr, torch.optim.Adam(groups)
     else:
-        base_lr = args.lr * args.batch_size / 16
-        optimizer = torch.optim.SGD(model.parameters(), base_lr, momentum=0.9,
-                                    weight_decay=args.weight_decay)
+        base_lr, optimizer = args.lr * args.batch_size / 16, torch.optim.SGD(groups, momentum=0.9)
     run = Run(args, "finetune_fasterrcnn", train_set, args.iterations, per_epoch,
               dict(model=model, optimizer=optimizer))
-    norms = sum(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+    model.train()
+    layers = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    trained = sum(m.training and m.weight.requires_grad for m in layers)
     shared = (f"with the statistics of {args.batch_size} images" if world_size() == 1 else
               f"synchronised over {world_size()} GPUs" if device.type == "cuda" else
               f"in each of {world_size()} processes by itself (they are synchronised on GPUs only)")
     weights = "random weights" if args.weights == "none" else args.weights
     run.say(f"{args.arch} {args.detector} from {weights}: {len(train_set)} images, "
-            f"{len(args.classes)} classes; all {norms} batch norm layers train, {shared}")
+            f"{len(args.classes)} classes; {trained} of {len(layers)} batch norm layers train, "
+            f"{shared}")
 
     loader = load_batches(train_set, training_item, args.batch_size, range(run.step, run.steps),
                           args.seed, args.workers, collate_fn=list)
-    model.train()
     for step, batch in zip(range(run.step, run.steps), loader):
         torch.manual_seed(seed_for(args.seed, step, rank()))  # RPN and box head sample at random
         images = [image.to(device, non_blocking=True).float() / 255 for image, _ in batch]
         targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for _, t in batch]
         lr = learning_rate(step, base_lr, args.warmup, args.drops, factor)
-        optimizer.param_groups[0]["lr"] = lr
+        for group in optimizer.param_groups:
+            group["lr"] = lr
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             losses = ddp(images, targets)  # of the RPN and of the box head
         loss = sum(losses.values())

@@ -1,6 +1,8 @@
 import contextlib
+import csv
 import io
 import json
+import math
 import warnings
 from types import SimpleNamespace
 
@@ -416,10 +418,18 @@ def test_splits_of_several_years_are_joined(tmp_path):
 
 def test_own_files_of_any_kind(tmp_path):
     make_voc(tmp_path, [[("dog", 0, 1, 1, 9, 9)]] * 2)
-    with Image.open(tmp_path / "JPEGImages" / "0001.jpg") as image:
-        image.save(tmp_path / "JPEGImages" / "0001.png")
-    (tmp_path / "JPEGImages" / "0001.jpg").unlink()
-    assert len(ft.Annotated("voc", str(tmp_path), ["trainval"])[1][0]) == 3
+    images = tmp_path / "JPEGImages"
+    with Image.open(images / "0001.jpg") as image:
+        image.save(images / "0001.PNG")
+    (images / "0001.jpg").unlink()
+    (images / "0000.txt").write_text("another tool's annotation")
+    (images / "deep").mkdir()
+    (images / "0000.jpg").rename(images / "deep" / "my photo.jpg")
+    (tmp_path / "Annotations" / "deep").mkdir()
+    (tmp_path / "Annotations" / "deep" / "my photo.xml").write_text("<annotation/>")  # no objects
+    (tmp_path / "ImageSets" / "Main" / "trainval.txt").write_text("0001\r\ndeep/my photo\n\n")
+    data = ft.Annotated("voc", str(tmp_path), ["trainval"])
+    assert [len(data[i][1]["boxes"]) for i in range(2)] == [1, 0]
 
 
 def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
@@ -429,15 +439,14 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     assert "0001.xml: unknown class 'wolf'" in error(*args, classes=["dog"])
     for text in ("<annotation><object>", "", "<other/>",
                  XML.format("<object><name>a</name></object>"),
-                 XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)),
-                 XML.format(OBJECT.format("", 0, 1, 1, 9, 9)), "<annotation>text</annotation>",
-                 XML.format("<object><name>a</name><name>b</name><bndbox/></object>")):
+                 XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)), "<annotation><a>",
+                 XML.format("<object><name>a</name><bndbox/></object>")):
         path.write_text(text)
         assert "0001.xml is not a VOC annotation" in error(*args), text
     path.write_text(XML.format(OBJECT.format("dog", 0, "nan", 1, 9, 9)))
     assert "0001.xml" in error(*args)
     path.write_text(XML.format(OBJECT.format("dog", 0, 90, 1, 99, 9)))
-    assert "0001.xml: the box 89 0 99 9 is outside the image of 80 x 60 pixels" in error(*args)
+    assert "0001.xml: the box 89 0 99 9 lies outside the image of 80 x 60 pixels" in error(*args)
     path.write_text(XML.format(OBJECT.format("dog", 0, 60, 1, 99, 9)))
     capsys.readouterr()
     assert ft.Annotated(*args)[1][1]["boxes"].tolist() == [[59, 0, 99, 9]]
@@ -446,12 +455,17 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     path.unlink()
     assert "no such file" in error(*args) and "0001.xml" in error(*args)
     assert "no split val: no ImageSets/Main/val.txt" in error("voc", str(tmp_path), ["val"])
+    path.write_text(XML.format(OBJECT.format("dog", 0, 500, 400, 500, 400)))
+    assert ft.Annotated(*args)[1][1]["boxes"].shape == (0, 4)  # no area comes first
     for split in ("2007/trainval", "1999/trainval", "2007/other", "2012/test"):
         assert f"no split {split}" in error("voc", str(tmp_path), [split])
     path.write_text(XML.format(""))
-    (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(b"no image")
+    image = (tmp_path / "JPEGImages" / "0000.jpg").read_bytes()
+    (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(image[:1000])  # ends early
     with pytest.raises(InputError, match="cannot decode .*0000.jpg"):
         ft.Annotated(*args)[0]
+    (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(b"no image")
+    assert "cannot decode" in error(*args) and "0000.jpg" in error(*args)  # before any training
     data = ft.Annotated(*args, training=True)
     assert torch.equal(data[0][0], data[1][0]) and data[0][1]["boxes"].shape == (0, 4)  # the next
     assert data.broken.tolist() == [True, False]
@@ -487,7 +501,7 @@ def make_coco(folder):
 def test_coco_items(tmp_path, capsys):
     folder, content = make_coco(tmp_path)
     data = ft.Annotated("coco", str(folder), ["some.json:photos"])
-    assert "1 boxes without area left out (0001.jpg)" in capsys.readouterr().out
+    assert "1 boxes without area left out (some.json, 0001.jpg)" in capsys.readouterr().out
     assert data.classes == ["car", "bottle", "brush"] and len(data) == 4  # by category id
     truths = [data[i][1] for i in range(4)]
     assert truths[0]["boxes"].tolist() == [[10, 10, 30, 40], [40.5, 5.25, 75.5, 55.25]]
@@ -563,10 +577,20 @@ def test_coco_names_the_file_that_is_wrong(tmp_path):
                    lambda c: c["annotations"][1].update(area=None),
                    lambda c: c["annotations"][1].pop("bbox")):
         message = broken(change)
-        assert "some.json" in message and '"id": 2' in message
+        assert "some.json is not a COCO instances file" in message and '"id": 2' in message
+    assert "not finite" in broken(lambda c: c["annotations"][1].update(bbox=[1, 2, 3, math.nan]))
+    assert "is not a COCO instances" in broken(lambda c: c.update(annotations=None))
+    assert "is not a COCO instances" in broken(lambda c: c["categories"][1].update(id="x"))
+    assert "two images have the id 70" in broken(lambda c: c["images"][1].update(id=70))
     assert "no such file" in broken(lambda c: c["images"][1].update(file_name="none.jpg"))
-    assert "0000.jpg: the box 100 5" in broken(
+    assert "some.json, 0000.jpg: the box 100 5" in broken(
         lambda c: c["annotations"][0].update(bbox=[100, 5, 9, 9]))
+
+    def no_sizes(content):
+        content["annotations"][0].update(bbox=[100, 5, 9, 9])
+        content["images"] = [dict(id=i["id"], file_name=i["file_name"]) for i in content["images"]]
+
+    assert "0000.jpg: the box 100 5" in broken(no_sizes)
     assert "is not a COCO instances file" in broken(lambda c: c.pop("images"))
     assert "is not a COCO instances file" in broken(lambda c: c.update(categories=3))
     assert "is not a COCO instances file" in broken(lambda c: c["images"][1].pop("file_name"))
@@ -579,8 +603,7 @@ def test_coco_names_the_file_that_is_wrong(tmp_path):
     content["images"][0].update(width=60, height=80)  # annotated the other way round
     content["annotations"][1].update(bbox=[1, 2, 30, 40])
     (folder / "some.json").write_text(json.dumps(content))
-    with pytest.raises(InputError, match="0000.jpg has 80 x 60 pixels; .* says 60 x 80"):
-        ft.Annotated(*args)[0]
+    assert "declared as 60 x 80 pixels, but " in error(*args) and "0000.jpg" in error(*args)
 
 
 def test_a_fraction_is_drawn_by_the_seed(tmp_path):
@@ -596,6 +619,10 @@ def test_a_fraction_is_drawn_by_the_seed(tmp_path):
     assert len(few) == 4 and len(more) == 20 and few < more
     assert few == paths(0.1, 0) != paths(0.1, 1)
     assert "no images" in error("voc", str(tmp_path), ["trainval"], fraction=0.01)
+    words = f"--dataset voc --data {tmp_path} --train-split trainval --test-split trainval".split()
+    sets = [ft.data_sets(ft.parse_args([*words, "--fraction", "0.1", "--seed", seed]))
+            for seed in "01"]
+    assert {*sets[0][0].paths} == few != {*sets[1][0].paths} and len(sets[0][1]) == 40
 
 
 def test_flips_move_the_boxes_with_the_pixels():
@@ -681,7 +708,9 @@ def test_the_papers_detectors(detector, shapes, backbone_tensors):
     assert model.roi_heads.detections_per_img == 100 and model.roi_heads.score_thresh == 0.05
     assert model.rpn._pre_nms_top_n == dict(c4=dict(training=12000, testing=6000),
                                             fpn=dict(training=2000, testing=1000))[detector]
-    assert model.rpn._post_nms_top_n == dict(training=2000, testing=1000)
+    assert model.rpn._post_nms_top_n == dict(c4=dict(training=2000, testing=1000),
+                                             fpn=dict(training=1000, testing=1000))[detector]
+    assert model.roi_heads.box_roi_pool.sampling_ratio == 0
     assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 512
 
 
@@ -729,7 +758,7 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
     common.save_checkpoint(path, model=donor.state_dict())  # as a fine-tune's own checkpoint
     model = ft.build_detector("resnet18", 3, **SMALL, weights=path)  # of other classes
     said = capsys.readouterr().out
-    assert "tensors loaded into backbone.fpn" in said and "into roi_heads.box_head" in said
+    assert "loaded from 'backbone.fpn.*'" in said and "loaded from 'roi_heads.box_head.*'" in said
     wanted = {k: v for k, v in donor.state_dict().items()
               if k.startswith(("backbone.", "roi_heads.box_head."))}
     state = model.state_dict()
@@ -739,6 +768,9 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
     head = FastRCNNConvFCHead((16, 7, 7), [16] * 4, [1024], norm_layer=torch.nn.BatchNorm2d)
     parts = {k: v for k, v in wanted.items() if "box_head" not in k}
     parts.update({f"roi_heads.box_head.{k}": v for k, v in head.state_dict().items()})
+    common.save_checkpoint(path, **{f"module.{k}": v for k, v in parts.items()})  # any prefix
+    model = ft.build_detector("resnet18", 3, **SMALL, weights=path)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
     common.save_checkpoint(path, **parts)  # as SoCo's: four convolutions and one linear layer
     model = ft.build_detector("resnet18", 3, **SMALL, weights=path)
     assert type(model.roi_heads.box_head) is FastRCNNConvFCHead
@@ -747,7 +779,7 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
 
     assert "fpn" not in "".join(ft.build_detector("resnet18", 3, "c4", **SMALL,
                                                   weights=path).state_dict())  # the ResNet alone
-    with pytest.raises(InputError, match="detector.pt: backbone.fpn: .*size mismatch") as caught:
+    with pytest.raises(InputError, match=r"backbone.fpn.\*: .*size mismatch") as caught:
         ft.build_detector("resnet18", 3, fpn_channels=32, weights=path)
     assert "\n" not in str(caught.value)
     del parts["backbone.fpn.inner_blocks.0.0.weight"]
@@ -774,7 +806,7 @@ VOC_SIZES, COCO_SIZES = [*range(480, 801, 32)], [*range(640, 801, 32)]
     ("coco --detector c4 --schedule 2x", "c4", 180000, [120000, 160000], 1000, COCO_SIZES),
     ("coco --fraction 0.01", "fpn", 12000, [8000, 10667], 1000, COCO_SIZES),
     ("coco --fraction 0.1 --schedule 2x", "fpn", 12000, [8000, 10667], 1000, COCO_SIZES),
-    ("coco --iterations 9 --drops 3 5", "fpn", 9, [3, 5], 1000, COCO_SIZES),
+    ("coco --iterations 900", "fpn", 900, [600, 800], 1000, COCO_SIZES),
 ])
 def test_the_papers_recipes(words, detector, iterations, drops, warmup, sizes):
     args = ft.parse_args(["--dataset", *words.split()])
@@ -923,39 +955,60 @@ def test_voc_from_end_to_end(tmp_path, capsys):
         ft.main([*words, "--workers", workers, "--fresh"])
         out = capsys.readouterr().out
         for text in ("resnet18 c4 from random weights: 8 images, 2 classes", "COCO's rules:  AP ",
-                     "VOC07's 11-point rule:  AP ", "cat ", "all 21 batch norm layers train"):
+                     "VOC07's 11-point rule:  AP ", "21 of 21 batch norm layers train"):
             assert text in out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "log.csv"}
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
-    assert set(ap) == {*NAMES, "per_class", "VOC07"} and set(ap["per_class"]) <= {"cat", "dog"}
-    # the checkpoint's AP again, from its file alone
+    assert set(ap) == {*NAMES, "per_class", "VOC07"} and set(ap["per_class"]) == {"cat", "dog"}
+    # the recipe: lr 0.02 for 16 images, 4 here; the last of 4 steps is after the drop at 3
     checkpoint = tmp_path / "run" / "checkpoint.pt"
+    others, norms = torch.load(checkpoint, weights_only=False)["optimizer"]["param_groups"]
+    assert others["lr"] == norms["lr"] == pytest.approx(0.02 * 4 / 16 * 0.1)
+    assert others["momentum"] == norms["momentum"] == 0.9
+    assert (others["weight_decay"], norms["weight_decay"]) == (1e-4, 0)
+    assert len(norms["params"]) == 2 * 21
+    with open(tmp_path / "run" / "log.csv") as file:
+        rates = [float(row["lr"]) for row in csv.DictReader(file)]  # steps 2 (warm-up's last), 4
+    assert rates == pytest.approx([0.005 * (0.001 + 0.999 / 2), 0.005 / 10])
+    # the checkpoint's AP again, from its file alone
     ft.main(["--eval-only", str(checkpoint)])
     assert json.loads((tmp_path / "run" / "eval" / "ap.json").read_text()) == ap
     ft.main(["--eval-only", str(checkpoint), "--test-split", "trainval", "--out",
              str(tmp_path / "other")])
     assert json.loads((tmp_path / "other" / "ap.json").read_text()) != ap
     assert (tmp_path / "run" / "ap.json").read_text() == json.dumps(ap, indent=2) + "\n"
+    for words, message in ((["--out", str(tmp_path / "run"), "--fresh"], "wants another --out"),
+                           (["--detector", "fpn"], "holds another detector")):
+        with pytest.raises(SystemExit, match=message):
+            ft.main(["--eval-only", str(checkpoint), *words])
+    assert checkpoint.exists()
 
 
 def test_coco_from_end_to_end(tmp_path, capsys):
     folder, _ = make_coco(tmp_path / "coco")
+    model = ft.build_detector("resnet18", 1, fpn_channels=16, box_head="4conv1fc")  # SoCo's
+    common.save_checkpoint(tmp_path / "detector.pt", **model.state_dict())
     ft.main(["--dataset", "coco", "--data", str(folder), *TINY, "--train-split", "some.json:photos",
              "--test-split", "some.json:photos", "--optimizer", "adam",
-             "--out", str(tmp_path / "run")])
+             "--weights", str(tmp_path / "detector.pt"), "--out", str(tmp_path / "run")])
     out = capsys.readouterr().out
-    assert "resnet18 fpn from random weights: 4 images, 3 classes" in out and "VOC07" not in out
+    assert f"resnet18 fpn from {tmp_path}" in out and "4 images, 3 classes" in out
+    assert "tensors loaded from 'roi_heads.box_head.*'" in out and "VOC07" not in out
     assert "lr 0.0001\n" in out and "lr 5e-05\n" in out
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
-    assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) <= {"car", "bottle", "brush"}
+    assert set(ap) == {*NAMES, "per_class"} and set(ap["per_class"]) == {"car", "bottle", "brush"}
+    state = torch.load(tmp_path / "run" / "checkpoint.pt", weights_only=False)["optimizer"]["state"]
+    assert {*state[0]} == {"step", "exp_avg", "exp_avg_sq"}  # Adam's
+    ft.main(["--eval-only", str(tmp_path / "run" / "checkpoint.pt")])  # without --weights
+    assert json.loads((tmp_path / "run" / "eval" / "ap.json").read_text()) == ap
 
 
-def test_eval_only_refuses_another_file(tmp_path, capsys):
-    torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "file.pt")
-    with pytest.raises(SystemExit):
-        ft.main(["--eval-only", str(tmp_path / "file.pt")])
-    assert "is no checkpoint of this command" in capsys.readouterr().err
+def test_eval_only_refuses_another_file(tmp_path):
+    for content in ({"conv1.weight": torch.zeros(1)}, dict(method="moco_v2", args={}, model={}), 3):
+        torch.save(content, tmp_path / "file.pt")
+        with pytest.raises(SystemExit, match="is no checkpoint of finetune_fasterrcnn"):
+            ft.main(["--eval-only", str(tmp_path / "file.pt")])
 
 
 @pytest.mark.parametrize("detector", ["fpn", "c4"])

@@ -16,7 +16,7 @@ import moco_v2
 MOCO = ("moco_v2.py --scenes 48 --epochs 9 --batch-size 16 --image-size 32 --queue-size 32 "
         "--dim 16 --bn-groups 2 --log-every 2").split()
 DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 "
-            "--batch-size 4 --drops 20 --fpn-channels 16 --rois 8 --min-size 64 "
+            "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 "
             "--log-every 2").split()
 STEPS = {"moco_v2.py": 27, "finetune_fasterrcnn.py": 24}
 
