@@ -36,10 +36,6 @@ from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-DETECTRON2 = [  # its names of a ResNet's tensors, whatever stands before them -> torchvision's
-    (r"\bstem\.conv1\.norm\.", "bn1."), (r"\bstem\.", ""), (r"\bconv(\d)\.norm\.", r"bn\1."),
-    (r"\bres([2-5])\.(?=\d)", lambda found: f"layer{int(found[1]) - 1}."),
-    (r"\bshortcut\.norm\.", "downsample.1."), (r"\bshortcut\.", "downsample.0.")]
 
 
 class InputError(ValueError):
@@ -512,26 +508,31 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}")
+    torchs = b"PK\x03\x04", b"\x80\x02\x8a\n"  # how torch.save's files start: since 1.6, before it
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's holds its arguments
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
         with open(path, "rb") as file:
             start = file.read(4)
-        reason = " ".join(str(error).split())
-        if not isinstance(error, pickle.UnpicklingError) or not start.startswith((b"PK", b"\x80")):
+        if start in torchs or not start.startswith(b"\x80"):
+            with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's has its arguments
+                return torch.load(path, map_location="cpu", weights_only=True)
+        if not Path(path).read_bytes().endswith(b"."):
+            raise EOFError("a pickle that is cut off")
+        reason, load = "a bare pickle", 'pickle.load(open(f, "rb"))'
+    except Exception as error:
+        refused = isinstance(error, pickle.UnpicklingError)  # what torch says then would mislead
+        if not refused or start not in torchs:
+            reason = "" if refused else " ".join(str(error).split())[:100]
             raise InputError(f"{path} holds no tensors that can be read: "
-                             f"{reason[:100] or 'it is empty'}") from None
-    name, new = json.dumps(os.fspath(path)), json.dumps(f"{path}.tensors.pt")
-    load = (f'torch.load({name}, "cpu", weights_only=False)'
-            if start in (b"PK\x03\x04", b"\x80\x02\x8a\n") else f'pickle.load(open({name}, "rb"))')
-    code = (f'import pickle, torch; d = {load}; d = d.get("state_dict", d.get("model", d)); '
-            'torch.save({k: torch.as_tensor(v) for k, v in d.items() if hasattr(v, "shape")}, '
-            f'{new})')
-    reason = re.search(r"Unsupported (global: GLOBAL )?\S+ ?\S+|$", reason)[0] or "a pickle"
+                             f"{reason or 'empty, cut off or of another kind'}") from None
+        reason = re.search(r"GLOBAL (\S+)|$", str(error))[1] or "other objects"
+        load = 'torch.load(f, "cpu", weights_only=False)'
+    code = (f"import pickle, sys, torch; f = sys.argv[1]; d = {load}; "
+            'd = d.get("state_dict", d.get("model", d)) if isinstance(d, dict) else d; '
+            'd = d.state_dict() if hasattr(d, "state_dict") else d; torch.save({k: '
+            'torch.as_tensor(v) for k, v in d.items() if hasattr(v, "shape")}, f + ".tensors.pt")')
     raise InputError(f"{path} holds more than tensors ({reason}), and unpickling it can run code; "
-                     f"if you trust it, python -c {shlex.quote(code)} keeps its tensors in "
-                     f"{path}.tensors.pt")
+                     f"if you trust it, python -c {shlex.quote(code)} {shlex.quote(str(path))} "
+                     f"keeps its tensors in {path}.tensors.pt")
 
 
 def export_backbone(stages, path):
@@ -540,51 +541,65 @@ def export_backbone(stages, path):
     save_checkpoint(path, **state)
 
 
+def detectron2_name(name):
+    """What detectron2 calls torchvision's ``name``, that of a ResNet's tensor."""
+    name = re.sub(r"^(?=conv1|bn1)", "stem.", name)
+    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+    name = re.sub(r"^layer(\d)", lambda found: f"res{int(found[1]) + 1}", name)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
 def load_backbone(stages, path):
     """Copy a pre-trained ResNet into ``stages``, from the names of the file's tensors alone.
 
-    Reads torchvision's names (ours; also Barlow Twins', VICReg's, OpenSelfSup's backbones) under
-    any prefix (MoCo: module.encoder_q., SoCo: module.encoder., ...), and detectron2's (res2.0...).
-    Of several backbones it takes the trained one, not its average.  Says what was loaded.
-    Returns the rest of the file, name -> tensor.  Raises InputError, and loads nothing, where a
+    Reads torchvision's names (ours; also Barlow Twins', VICReg's, OpenSelfSup's backbones) and
+    detectron2's, under any prefix (MoCo: module.encoder_q., SoCo: module.encoder., ...).  Of
+    several backbones it takes the trained one, not its average.  Says what was loaded.
+    Returns the file's other tensors by name.  Raises InputError, and loads nothing, where a
     tensor is missing, not finite or of another shape: half of a backbone looks like a bad method.
     """
     state = load_checkpoint(path)
-    for nested in ("state_dict", "model"):
+    for nested in ("state_dict", "model", "state_dict"):
         state = state[nested] if isinstance(state, dict) and nested in state else state
-    state = state if isinstance(state, dict) else {}
-    names = {str(name): name for name in state}  # torchvision's -> the file's
-    if any("res2.0.conv1." in name for name in names):
-        for pattern, new in DETECTRON2:
-            names = {re.sub(pattern, new, name): old for name, old in names.items()}
-    prefixes = [name[:-len("conv1.weight")] for name in names if name.endswith("conv1.weight")]
-    prefixes = [p for p in prefixes if p + "layer1.0.conv1.weight" in names]
-    if not prefixes:
-        raise InputError(f"{path} holds no ResNet: no conv1.weight and layer1 (or res2) in it")
-    averaged = re.compile(r"_k\b|_m\b|key|ema\b|momentum|target|teacher")
-    prefix = min(prefixes, key=lambda p: bool(averaged.search(p)))  # the first of equals
-    found = {}
+    items = state.items() if isinstance(state, dict) else ()
+    state = {name: value for name, value in items if isinstance(name, str)}
+    first = "conv1.weight", "layer1.0.conv1.weight"  # both: blocks have a conv1 too
+    backbones = [(name.removesuffix(spell(first[0])), spell)
+                 for spell in (str, detectron2_name) for name in state]
+    backbones = [(p, spell) for p, spell in backbones if all(p + spell(f) in state for f in first)]
+    if not backbones:
+        raise InputError(f"{path} holds no ResNet: no {' and '.join(first)}, nor detectron2's")
+    averaged = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
+                          "averaged?|momentum|target|teacher")
+    backbones.sort(key=lambda b: bool(averaged.search(b[0])))  # of equals the first stays first
+    (prefix, spell), *others = backbones
+    found, rest = {}, dict(state)
     for name, tensor in stages.state_dict().items():
-        old = names.get(prefix + name)
-        if old is None and name.endswith("num_batches_tracked"):
-            continue
-        if old is None:
-            raise InputError(f"{path}: {prefix + name} is missing: another architecture?")
-        if not torch.is_tensor(state[old]) or state[old].shape != tensor.shape:
-            raise InputError(f"{path}: {old} is {tuple(getattr(state[old], 'shape', ()))}, not "
-                             f"{tuple(tensor.shape)}: another architecture?")
-        if not state[old].isfinite().all():
-            raise InputError(f"{path}: {old} is not finite")
-        found[name] = state[old]
+        old = prefix + spell(name)
+        if old in state:
+            found[name] = value = rest.pop(old)
+            if not torch.is_tensor(value):
+                raise InputError(f"{path}: {old} is no tensor")
+            if value.shape != tensor.shape:
+                raise InputError(f"{path}: {old} is {tuple(value.shape)}, not "
+                                 f"{tuple(tensor.shape)}: another architecture?")
+        elif not name.endswith("num_batches_tracked"):
+            raise InputError(f"{path}: {old} is missing: another architecture?")
+    for name in rest:  # ResNet-101's would all be there for a ResNet-50
+        if name.startswith(tuple(prefix + spell(f"layer{i}.") for i in (1, 2, 3, 4))):
+            raise InputError(f"{path}: {name} has no place: another architecture?")
+    for name, value in state.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity")
     stages.load_state_dict(found, strict=False)
-    taken = {names[prefix + name] for name in found}
-    rest = {name: value for name, value in state.items() if name not in taken}
+    missing = len(stages.state_dict()) - len(found)
+    rest = {name: value for name, value in rest.items() if torch.is_tensor(value)}
     if rank() == 0:
-        counters = len(stages.state_dict()) - len(found)
-        first = ", ".join([*map(str, rest)][:3]) + (", ..." if len(rest) > 3 else "")
-        print(f"{path}: {len(found)} tensors loaded from '{prefix}*', {counters} missing"
-              f"{' (counters of batch norm, not needed)' if counters else ''}, {len(rest)} "
-              f"unexpected{f' ({first})' if rest else ''}", flush=True)
+        some = ", ".join([*rest][:3] + ["..."] * (len(rest) > 3))
+        print(f"{path}: {len(found)} tensors loaded from '{prefix}*', {missing} missing"
+              f"{' (batch norm counters, not needed)' if missing else ''}, {len(rest)} unexpected"
+              f"{f' ({some})' if some else ''}"
+              + "".join(f"; not from '{other}*'" for other, _ in others), flush=True)
     return rest
 
 

@@ -1,6 +1,7 @@
 import argparse
 import copy
 import fractions
+import itertools
 import math
 import pickle
 import subprocess
@@ -446,14 +447,28 @@ def equal(a, b):
 
 @pytest.fixture(scope="module")
 def resnets():
-    """Two random ResNet-50: the trained one, and its average; and a ResNet-18."""
-    torch.manual_seed(0)
-    found = [torchvision.models.resnet50(), torchvision.models.resnet50(),
-             torchvision.models.resnet18()]
-    for net in found:  # no two tensors are alike, batch norm's included
-        net.load_state_dict({k: torch.randn_like(v) if v.is_floating_point() else v
-                             for k, v in net.state_dict().items()})
-    return [net.state_dict() for net in found]
+    """The random states of a ResNet-50, its average, and a ResNet-18; no two tensors are alike.
+
+    All are windows of one noise, which torch.save writes once: small files.
+    """
+    noise, window = torch.randn(3_000_000), itertools.count()
+
+    def state(arch):
+        with torch.device("meta"):
+            net = torchvision.models.get_model(arch)
+        return {k: noise[next(window):][:v.numel()].view(v.shape) if v.is_floating_point()
+                else torch.tensor(next(window)) for k, v in net.state_dict().items()}
+
+    return state("resnet50"), state("resnet50"), state("resnet18")
+
+
+def blank(arch):
+    """Stages that are zero everywhere, batch norm too."""
+    with torch.device("meta"):
+        stages = common.resnet_stages(arch, common.SplitBatchNorm)
+    for v in stages.to_empty(device="cpu").state_dict().values():
+        v.zero_()
+    return stages
 
 
 def under(prefix, state):
@@ -480,117 +495,163 @@ def as_detectron2(state):
     return renamed
 
 
-FILES = {  # name -> (state of the trained one, state of its average) -> what torch.save gets
-    "ours": lambda q, k: without_fc(q),
-    "torchvision": lambda q, k: q,
-    "moco": lambda q, k: dict(epoch=200, arch="resnet50", optimizer={"state": {}}, state_dict={
-        **under("module.encoder_q.", q), **under("module.encoder_k.", k),
-        "module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1).long()}),
-    "moco, sorted": lambda q, k: dict(state_dict=dict(sorted({
-        **under("module.encoder_q.", q), **under("module.encoder_k.", k)}.items()))),
-    "barlow twins": lambda q, k: dict(epoch=3, optimizer={}, model={
-        **under("module.backbone.", without_fc(q)), "module.projector.0.weight": torch.zeros(8)}),
-    "vicreg": lambda q, k: dict(epoch=3, optimizer={}, model={
-        "module.projector.0.weight": torch.zeros(8), **under("module.backbone.", without_fc(q))}),
-    "soco": lambda q, k: dict(opt=argparse.Namespace(lr=1), epoch=1, model={
-        **under("module.encoder.", without_fc(q)), "module.encoder.neck.weight": torch.zeros(8),
-        **under("module.encoder_k.", without_fc(k))}),
-    "byol": lambda q, k: {**under("target_network.", k), **under("online_network.", q)},
-    "openselfsup": lambda q, k: dict(meta=dict(epoch=1), state_dict={
+def in_order(*states):
+    return dict(sorted(itertools.chain(*(state.items() for state in states))))
+
+
+# name -> the trained backbone's prefix, (its state, that of its average) -> what torch.save gets
+FILES = {
+    "ours": ("", lambda q, k: without_fc(q)),
+    "torchvision": ("", lambda q, k: q),
+    "moco": ("module.encoder_q.", lambda q, k: dict(
+        epoch=200, arch="resnet50", optimizer={"state": {}}, state_dict={
+            **under("module.encoder_q.", q), **under("module.encoder_k.", k),
+            "module.queue": torch.zeros(128, 8), "module.queue_ptr": torch.zeros(1).long()})),
+    "moco, sorted": ("module.encoder_q.", lambda q, k: dict(state_dict=in_order(
+        under("module.encoder_q.", q), under("module.encoder_k.", k)))),
+    "barlow twins": ("module.backbone.", lambda q, k: dict(epoch=3, optimizer={}, model={
+        **under("module.backbone.", without_fc(q)), "module.projector.0.weight": torch.zeros(8)})),
+    "vicreg": ("module.backbone.", lambda q, k: dict(epoch=3, optimizer={}, model={
+        "module.projector.0.weight": torch.zeros(8), **under("module.backbone.", without_fc(q))})),
+    "soco": ("module.encoder.", lambda q, k: dict(opt=argparse.Namespace(lr=1), epoch=1, model={
+        **under("module.encoder_k.", without_fc(k)), **under("module.encoder.", without_fc(q)),
+        "module.encoder.neck.weight": torch.zeros(8)})),
+    "byol": ("online_network.", lambda q, k: {
+        **under("target_network.", k), **under("online_network.", q)}),
+    "ema, sorted": ("model.", lambda q, k: in_order(under("model.", q), under("ema_model.", k))),
+    "swa": ("net.", lambda q, k: dict(model=dict(state_dict={
+        **under("avg_model.module.", k), **under("net.", q)}))),
+    "openselfsup": ("encoder_q.0.", lambda q, k: dict(meta=dict(epoch=1), state_dict={
         **under("encoder_q.0.", without_fc(q)), **under("encoder_k.0.", without_fc(k)),
-        **under("backbone.", without_fc(q)), "queue": torch.zeros(8)}),
-    "openselfsup, extracted": lambda q, k: dict(state_dict=without_fc(q), author="OpenSelfSup"),
-    "detectron2": lambda q, k: dict(model=as_detectron2(q), matching_heuristics=True),
-    "detectron2, detector": lambda q, k: dict(iteration=9, model={
+        **under("backbone.", without_fc(q)), "queue": torch.zeros(8)})),
+    "openselfsup, extracted": ("backbone.", lambda q, k: dict(
+        meta={}, state_dict=under("backbone.", without_fc(q)), author="OpenSelfSup")),
+    "detectron2": ("", lambda q, k: dict(model=as_detectron2(q), matching_heuristics=True)),
+    "detectron2, flat": ("backbone.", lambda q, k: dict(
+        under("backbone.", as_detectron2(q)), __author__="MOCO")),
+    "detectron2, detector": ("backbone.bottom_up.", lambda q, k: dict(iteration=9, model={
+        "backbone.fpn_lateral2.norm.weight": torch.zeros(8),
         **under("backbone.bottom_up.", as_detectron2(q)),
-        "proposal_generator.rpn_head.conv.weight": torch.zeros(8)}),
-    "our detector": lambda q, k: dict(method="finetune_fasterrcnn", model={
-        **under("backbone.body.", without_fc(q)), "backbone.fpn.inner_blocks.0.0.weight":
-        torch.zeros(8), "roi_heads.box_head.fc6.weight": torch.zeros(8)}),
+        "roi_heads.mask_head.deconv.conv1.weight": torch.zeros(8)})),
+    "our detector": ("backbone.body.", lambda q, k: dict(method="finetune_fasterrcnn", model={
+        **under("backbone.body.", without_fc(q)), "roi_heads.box_head.fc6.weight": torch.zeros(8),
+        "backbone.fpn.inner_blocks.0.0.weight": torch.zeros(8)}, args={}, step=3, optimizer={})),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_load_backbone_reads_every_naming(tmp_path, capsys, resnets, name):
-    q, k, _ = resnets
-    torch.save(FILES[name](q, k), tmp_path / "file.pt")
-    stages = common.resnet_stages("resnet50", common.SplitBatchNorm)
+    prefix, build = FILES[name]
+    file, stages, wanted = build(*resnets[:2]), blank("resnet50"), without_fc(resnets[0])
+    torch.save(file, tmp_path / "file.pt")
     rest = common.load_backbone(stages, tmp_path / "file.pt")
-    wanted, found = without_fc(q), stages.state_dict()
-    if "detectron2" in name:  # it counts no batches
-        wanted, found = ({k: v for k, v in d.items() if "num_batches" not in k}
-                         for d in (wanted, found))
-    assert equal(found, wanted)
-    said = capsys.readouterr().out
-    assert f"{len(wanted)} tensors loaded" in said and said.count("\n") == 1
-    assert ("53 missing" if "detectron2" in name else "0 missing") in said
-    assert f"{len(rest)} unexpected" in said
+    said, missing = capsys.readouterr().out, "0 missing,"
+    if "detectron2" in name:  # it counts no batches: these stay
+        missing = "53 missing (batch norm counters, not needed),"
+        wanted = {k: v if v.dim() else torch.tensor(0) for k, v in wanted.items()}
+    assert equal(stages.state_dict(), wanted)
+    assert said.count("\n") == 1 and f" {missing} {len(rest)} unexpected" in said
+    loaded = 265 if "detectron2" in name else 318  # 53 of each of batch norm's 5, and 53 weights
+    assert f": {loaded} tensors loaded from '{prefix}*'," in said
+    assert ("; not from '" in said) == (name in {"moco", "moco, sorted", "soco", "byol", "swa",
+                                                 "ema, sorted", "openselfsup"})
+    flat = file.get("state_dict", file.get("model", file))
+    flat = flat.get("state_dict", flat)
+    assert loaded + len(rest) == sum(map(torch.is_tensor, flat.values()))
+    assert equal(rest, {k: flat[k] for k in rest})
     if name == "our detector":
-        assert set(rest) == {"backbone.fpn.inner_blocks.0.0.weight",
-                             "roi_heads.box_head.fc6.weight"}
+        assert said.endswith("2 unexpected (roi_heads.box_head.fc6.weight, "
+                             "backbone.fpn.inner_blocks.0.0.weight)\n")
+    if name == "moco":
+        assert "(module.encoder_q.fc.weight, module.encoder_q.fc.bias, module.encoder_k.c" in said
 
 
-def test_load_backbone_of_basic_blocks(tmp_path, resnets):
+def test_load_backbone_of_basic_blocks_speaks_once(tmp_path, capsys, monkeypatch, resnets):
     torch.save(as_detectron2(resnets[2]), tmp_path / "file.pt")
-    stages = common.resnet_stages("resnet18")
-    common.load_backbone(stages, tmp_path / "file.pt")
+    stages = blank("resnet18")
+    monkeypatch.setattr(common, "rank", lambda: 1)
+    assert common.load_backbone(stages, tmp_path / "file.pt") == {}
     assert all(torch.equal(v, stages.state_dict()[k]) for k, v in without_fc(resnets[2]).items()
                if "num_batches" not in k)
+    assert capsys.readouterr().out == ""
 
 
 def test_load_backbone_refuses_what_does_not_fit(tmp_path, resnets):
-    stages, path = common.resnet_stages("resnet18"), tmp_path / "file.pt"
-    before, state = copy.deepcopy(stages.state_dict()), resnets[2]
-    other = as_detectron2(state)
+    stages, path, state = blank("resnet18"), tmp_path / "file.pt", resnets[2]
+    other = under("backbone.bottom_up.", as_detectron2(state))
+    blocks = {k: v for k, v in state.items() if k.startswith("layer")}
     for file, message in [
             ({"fc.weight": torch.zeros(2)}, "holds no ResNet"),
             ([1, 2], "holds no ResNet"), (torch.zeros(3), "holds no ResNet"),
             (dict(model={}), "holds no ResNet"), (dict(state_dict=[1]), "holds no ResNet"),
-            ({"layer1.0.conv1.weight": torch.zeros(1)}, "holds no ResNet"),
+            (blocks, "holds no ResNet: no conv1.weight and layer1.0.conv1.weight"),
+            ({k: v for k, v in other.items() if "stem" not in k}, "holds no ResNet"),
             (under("module.", resnets[0]),
              r"module.layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"),
             ({k: v for k, v in state.items() if k != "layer4.1.bn2.weight"},
              "layer4.1.bn2.weight is missing"),
             ({k: v for k, v in state.items() if "running_var" not in k}, "running_var is missing"),
-            ({k: v for k, v in other.items() if k != "res3.0.shortcut.norm.bias"},
-             "layer2.0.downsample.1.bias is missing"),
-            ({**other, "res5.0.conv2.weight": torch.zeros(2)}, r"res5.0.conv2.weight is \(2,\)"),
-            ({**state, "bn1.weight": torch.full((64,), torch.nan)}, "bn1.weight is not finite"),
-            ({**state, "bn1.weight": 1.0}, r"bn1.weight is \(\), not \(64,\)")]:
+            ({k: v for k, v in other.items() if "res3.0.shortcut.norm.bias" not in k},
+             "backbone.bottom_up.res3.0.shortcut.norm.bias is missing"),
+            ({**state, "layer1.2.conv1.weight": torch.zeros(2)},  # a deeper ResNet
+             "layer1.2.conv1.weight has no place"),
+            ({**other, "backbone.bottom_up.res2.2.conv1.weight": torch.zeros(2)},
+             "bottom_up.res2.2.conv1.weight has no place"),
+            ({**other, "backbone.bottom_up.res5.0.conv2.weight": torch.zeros(2)},
+             r"bottom_up.res5.0.conv2.weight is \(2,\), not \(512, 512, 3, 3\)"),
+            ({**state, "bn1.weight": torch.full((64,), torch.nan)}, "bn1.weight holds NaN"),
+            ({**state, "bn1.bias": -torch.arange(64) / 0}, "bn1.bias holds NaN or infinity"),
+            ({**state, "fpn.bias": torch.tensor([torch.inf])}, "fpn.bias holds NaN or infinity"),
+            ({**state, "bn1.weight": [1.0]}, "bn1.weight is no tensor"),
+            ({**state, "bn1.weight": None}, "bn1.weight is no tensor")]:
         torch.save(file, path)
         with pytest.raises(InputError, match=message) as caught:
             common.load_backbone(stages, path)
-        assert str(caught.value).startswith(str(path))
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
     with pytest.raises(InputError, match="no such file"):
         common.load_backbone(stages, tmp_path / "none.pt")
-    torch.save(state, path)
-    whole = path.read_bytes()
-    for content in (b"not a checkpoint", b"", whole[:1000], whole[:len(whole) // 2]):
+    assert not any(v.any() for v in stages.state_dict().values())  # nothing was loaded
+
+
+def test_what_is_no_file_of_tensors_comes_without_advice(tmp_path):
+    path = tmp_path / "file.pt"
+    torch.save({"a": torch.zeros(1000)}, path)
+    zipped = path.read_bytes()
+    torch.save({"a": torch.zeros(1000)}, path, _use_new_zipfile_serialization=False)
+    for content in (b"", b"not a checkpoint", b"<html>", b"collections\nOrderedDict\n", zipped[:99],
+                    zipped[:-99], path.read_bytes()[:20], path.read_bytes()[:-99],
+                    pickle.dumps({"a": np.zeros(9)})[:-9]):
         path.write_bytes(content)
-        with pytest.raises(InputError, match="holds no tensors that can be read: ."):
-            common.load_backbone(stages, path)
-    assert equal(before, stages.state_dict())
+        with pytest.raises(InputError, match="holds no tensors that can be read: .") as caught:
+            common.load_checkpoint(path)
+        assert "python" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["detectron2's pickle", "torch's", "torch's before 1.6"])
-def test_a_refused_pickle_comes_with_the_command_that_converts_it(tmp_path, resnets, kind):
-    path = tmp_path / "it's \"my\" file.pkl"
+@pytest.mark.parametrize("kind", ["detectron2's pickle", "torch's", "a module"])
+def test_a_refused_pickle_comes_with_the_command_that_converts_it(tmp_path, recwarn, resnets, kind):
+    path = tmp_path / "it's \"my\" $file \U0001f600.pkl"
     if kind == "detectron2's pickle":
-        content = {k: v.numpy() for k, v in as_detectron2(resnets[0]).items()}
+        content = {k: v.numpy() for k, v in as_detectron2(resnets[2]).items()}
         path.write_bytes(pickle.dumps(dict(model=content, __author__="MOCO")))
+        reason = "a bare pickle"
+    elif kind == "a module":
+        module = torchvision.models.resnet18()
+        module.load_state_dict(resnets[2])
+        torch.save(module, path)
+        reason = "torchvision.models.resnet.ResNet"
     else:
-        content = dict(state_dict=under("module.encoder_q.", resnets[0]))
-        torch.save(dict(content, arguments=fractions.Fraction(1)), path,
-                   _use_new_zipfile_serialization=kind == "torch's")
-    stages = common.resnet_stages("resnet50")
-    with pytest.raises(InputError, match="more than tensors .*if you trust it") as caught:
+        content = dict(state_dict=dict(under("module.encoder_q.", resnets[2]), author="MoCo"))
+        torch.save(dict(content, arguments=fractions.Fraction(1)), path)
+        reason = "fractions.Fraction"
+    stages = blank("resnet18")
+    with pytest.raises(InputError, match=f"more than tensors .{reason}.*if you trust it") as caught:
         common.load_backbone(stages, path)
     line = str(caught.value)
-    assert "\n" not in line
+    assert "\n" not in line and not recwarn.list and line.endswith(f" in {path}.tensors.pt")
     command = line[line.index("python -c"):line.index(" keeps its tensors")]
     subprocess.run(command.replace("python", sys.executable, 1), shell=True, check=True)
-    common.load_backbone(stages, line.split(" in ")[-1])
-    assert all(torch.equal(v, resnets[0][k]) for k, v in stages.state_dict().items()
+    common.load_backbone(stages, f"{path}.tensors.pt")
+    assert all(torch.equal(v, stages.state_dict()[k]) for k, v in without_fc(resnets[2]).items()
                if "num_batches" not in k)
 
 
@@ -613,10 +674,16 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
         def __reduce__(self):
             return open, (str(tmp_path / "written"), "w")
 
-    torch.save({"conv1.weight": Evil()}, tmp_path / "evil.pt")
-    with pytest.raises(InputError, match="unpickling it can run code"):
-        common.load_checkpoint(tmp_path / "evil.pt")
-    assert not (tmp_path / "written").exists()
+    path = tmp_path / "evil.pt"
+    for advice, write in [
+            ("torch.load", lambda: torch.save({"conv1.weight": Evil()}, path)),
+            ("torch.load", lambda: torch.save(  # as before PyTorch 1.6
+                {"conv1.weight": Evil()}, path, _use_new_zipfile_serialization=False)),
+            ("pickle.load", lambda: path.write_bytes(pickle.dumps(Evil())))]:
+        write()
+        with pytest.raises(InputError, match=f"unpickling it can run code.* d = {advice}"):
+            common.load_checkpoint(path)
+        assert not (tmp_path / "written").exists()
 
 
 def test_save_checkpoint_is_whole_or_not_at_all(tmp_path):
