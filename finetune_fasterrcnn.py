@@ -684,6 +684,8 @@ def train(args, device):
           iterations=(1, inf), batch_size=(1, inf), lr=(0, inf), warmup=(0, inf),
           weight_decay=(0, inf), min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf),
           anchor_size=(1, inf), rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
+    if args.detector == "c4" and args.box_head:
+        raise InputError("--box-head is of the fpn detector; c4's is Res5")
     if args.eval_only:
         saved = fine_tuned(args.eval_only)
         if Path(args.out, "checkpoint.pt").exists():

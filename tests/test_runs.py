@@ -140,7 +140,8 @@ def test_moco_refuses(tmp_path, photos, flags, message):
 
 
 def test_finetune_refuses(tmp_path):
-    for flags, message in (("--data x", "--data needs --dataset voc"),
+    for flags, message in (("--data x", "--data and its splits need --dataset voc"),
+                           ("--test-split x", "--data and its splits need --dataset voc"),
                            ("--dataset voc", "needs --data"),
                            ("--dataset voc --data x", "no split 2007/trainval: "),
                            ("--dataset coco --data x", "no such file: x/annotations/instances_"),
@@ -150,6 +151,7 @@ def test_finetune_refuses(tmp_path):
                            ("--dataset voc --data x --eval-only x.pt", "no such file: x.pt"),
                            ("--weights x.pt", "no such file: x.pt"),
                            ("--rois 0", "--rois 0 is not"),
+                           ("--detector c4 --box-head 2fc", "--box-head is of the fpn"),
                            ("--batch-size 401", "batch size 401 is more than all 400"),
                            ("--min-size 0 96", "--min-size [0, 96] is not"),
                            (f"--weights {tmp_path}", "no such file")):
