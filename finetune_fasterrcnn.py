@@ -118,7 +118,7 @@ def parse_args(argv=None):
         "epochs, half the lr after 20 (default with adam)")
     add("--iterations", type=int, help="default: 24,000 on voc, 90,000 on coco")
     add("--batch-size", type=int, default=16, help="of all processes together")
-    add("--lr", type=float, default=0.02, help="for each 16 images of the batch; adam's: for any")
+    add("--lr", type=float, default=0.02, help="for each 16 images of the batch; adam's: as it is")
     add("--warmup", type=int, help="iterations of linear growth of the lr")
     add("--weight-decay", type=float, default=1e-4)
     add_run_arguments(parser, out="runs/finetune")
@@ -202,10 +202,10 @@ def read_voc(root, split):
     for image, path in pairs:
         objects = []
         try:
-            root = ElementTree.parse(path).getroot()
-            if root.tag != "annotation":
-                raise ValueError(f"it holds <{root.tag}>")
-            for thing in root.iterfind("object"):
+            annotation = ElementTree.parse(path).getroot()
+            if annotation.tag != "annotation":
+                raise ValueError(f"it holds <{annotation.tag}>")
+            for thing in annotation.iterfind("object"):
                 x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{side}"))
                                   for side in ("xmin", "ymin", "xmax", "ymax"))
                 w, h = (x2 - x1 + 1, y2 - y1 + 1) if x2 > x1 and y2 > y1 else (0, 0)
