@@ -95,6 +95,14 @@ class ImageFiles(Dataset):
         return read_or_next(self.paths, self.broken, index)[1]
 
 
+def unlabelled(data, scenes):
+    """The images below the folder ``data``, or, where it is None, so many built-in scenes."""
+    if data is not None:
+        return ImageFiles(data)
+    from scenes import Scenes
+    return Scenes(scenes, size=96, seed=0, cache=True)
+
+
 def read_or_next(paths, broken, index):
     """Decode image ``index``, or the next one that can be -> its index and (3, H, W) uint8.
 
@@ -267,7 +275,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
 
     One process then trains as several do: without it, shuffling BN would have nothing to shuffle
     between.  Running statistics are the mean over the groups.  In eval mode, and in its state
-    dict, it is BatchNorm2d.  Raises InputError when the groups do not divide the batch.
+    dict, it is BatchNorm2d.  Raises InputError when the groups do not divide the batch, or
+    hold a single value of each channel.
     """
 
     def __init__(self, num_features, groups=1, **kwargs):
@@ -275,6 +284,9 @@ class SplitBatchNorm(nn.BatchNorm2d):
         self.groups = groups
 
     def forward(self, x):
+        if self.training and x.numel() == self.groups * x.shape[1]:
+            raise InputError(f"a batch norm group would hold one value of each channel ({len(x)} "
+                             f"images in {self.groups} groups, {x.shape[2]} x {x.shape[3]} left)")
         if not self.training or self.groups == 1:
             return super().forward(x)
         if len(x) % self.groups:
@@ -306,31 +318,35 @@ class ResNetStages(nn.Module):
     """torchvision's ResNet without its classifier, under the same parameter names.
 
     (B, 3, H, W) -> [Res2, Res3, Res4, Res5], (B, C_i, H/s, W/s) with s = 4, 8, 16, 32; C_i is
-    ``channels[i]``.
+    ``channels[i]``.  ``depth``: how many of the four are computed; the others do not train.
     """
 
-    def __init__(self, resnet):
+    def __init__(self, resnet, depth=4):
         super().__init__()
         for name, module in resnet.named_children():
             if name not in ("avgpool", "fc"):
                 self.add_module(name, module)
         self.channels = [resnet.fc.in_features // by for by in (8, 4, 2, 1)]
+        self.depth = depth
+        for i in range(depth, 4):
+            getattr(self, f"layer{i + 1}").requires_grad_(False)
 
     def forward(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         stages = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for i in range(self.depth):
+            x = getattr(self, f"layer{i + 1}")(x)
             stages.append(x)
         return stages
 
 
-def resnet_stages(arch, norm_layer=nn.BatchNorm2d):
+def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4):
     """A randomly initialised torchvision ResNet, by name, as ResNetStages."""
     known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
     if arch not in known:
         raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
-    return ResNetStages(torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer))
+    return ResNetStages(torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer),
+                        depth)
 
 
 def mlp(c_in, hidden, c_out):
@@ -398,25 +414,39 @@ class Queue(nn.Module):
         self.oldest.copy_((self.oldest + len(keys)) % len(self.keys))
 
 
+def check_queue(size, pushed, momentum, images):
+    """Is a queue of ``size`` keys, ``pushed`` a step, sound for so many images?  InputError: it
+    does not hold one step's.  Warns of keys that queries may be told from for the wrong reason."""
+    if size < pushed:
+        raise InputError(f"queue size {size} is less than the {pushed} keys of a step")
+    age = size / pushed * (1 - momentum)
+    if rank() == 0 and size > images / 4:
+        print(f"warning: a queue of {size} is more than a quarter of {images} images: an image "
+              "meets its own earlier keys as negatives")
+    if rank() == 0 and age > 0.3:
+        print(f"warning: (K/B)(1-m) is {age:.2f} (MoCo's: 0.26): old keys come from another "
+              "encoder, and queries can be told from them by that alone")
+
+
 def momentum_update(online, target, m):
     """theta_target <- m theta_target + (1 - m) theta_online, each parameter (MoCo, Eq. 2)."""
     get_ema_multi_avg_fn(m)(list(target.parameters()), list(online.parameters()), None)
 
 
 @torch.no_grad()
-def shuffled(encoder, images):
+def shuffled(encoder, images, *more):
     """Shuffling BN (MoCo, 3.3): ``encoder`` sees the images of all processes in a random order, so
     that a key shares its batch norm group with other images than its query does.
 
-    images: (B, 3, H, W) of this process; encoder: images -> (B, ...) or a list of such.
+    images: (B, ...) of this process, and whatever else of each image (B, ...) goes with them;
+    encoder: images, *more -> (B, ...) or a list of such.
     Returns what it gives for this process's images, in their order.
     """
-    everyone = all_gather(images)
-    order = torch.randperm(len(everyone), device=images.device)
+    order = torch.randperm(world_size() * len(images), device=images.device)
     if world_size() > 1:
         dist.broadcast(order, src=0)
     here = slice(rank() * len(images), (rank() + 1) * len(images))
-    out = encoder(everyone[order[here]])
+    out = encoder(*(all_gather(each)[order[here]] for each in (images, *more)))
     back = order.argsort()[here]
     return [all_gather(o)[back] for o in out] if isinstance(out, list) else all_gather(out)[back]
 

@@ -46,10 +46,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (ImageFiles, InputError, Queue, Run, SplitBatchNorm, add_run_arguments,
-                    batch_norm_groups, check, contrast_statistics, export_backbone, info_nce,
-                    launch, load_batches, mlp, momentum_update, photometric, random_resized_crop,
-                    rank, resnet_stages, seed_for, shuffled, steps_per_epoch, world_size)
+from common import (Queue, Run, SplitBatchNorm, add_run_arguments, batch_norm_groups, check,
+                    check_queue, contrast_statistics, export_backbone, info_nce, launch,
+                    load_batches, mlp, momentum_update, photometric, random_resized_crop, rank,
+                    resnet_stages, seed_for, shuffled, steps_per_epoch, unlabelled, world_size)
 
 
 def parse_args(argv=None):
@@ -128,22 +128,10 @@ def train(args, device):
           image_size=(8, inf), crop_scale=(1e-3, 1), p_blur=(0, 1), dim=(1, inf), tau=(1e-3, inf),
           queue_size=(1, inf), momentum=(0, 1), bn_groups=(1, inf), scenes=(1, inf),
           workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    if args.data is None:
-        from scenes import Scenes
-        images = Scenes(args.scenes, size=96, seed=0, cache=True)
-    else:
-        images = ImageFiles(args.data)
+    images = unlabelled(args.data, args.scenes)
     groups = batch_norm_groups(args.bn_groups, args.batch_size)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    if args.queue_size < args.batch_size:
-        raise InputError(f"queue size {args.queue_size} is less than batch size {args.batch_size}")
-    age = args.queue_size / args.batch_size * (1 - args.momentum)
-    if rank() == 0 and args.queue_size > len(images) / 4:
-        print(f"warning: a queue of {args.queue_size} is more than a quarter of {len(images)} "
-              "images: an image meets its own earlier keys as negatives")
-    if rank() == 0 and age > 0.3:
-        print(f"warning: (K/B)(1-m) is {age:.2f} (the paper's: 0.26): old keys come from another "
-              "encoder, and queries can be told from them by that alone")
+    check_queue(args.queue_size, args.batch_size, args.momentum, len(images))
 
     torch.manual_seed(args.seed)
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau,

@@ -128,7 +128,7 @@ TINY = ("--epochs 2 --batch-size 16 --image-size 32 --queue-size 32 --dim 16 --b
 
 @pytest.mark.parametrize("flags, message", [
     ("--batch-size 30 --bn-groups 8", "batch size 30 does not divide into 8"),
-    ("--queue-size 8", "queue size 8 is less than batch size 16"),
+    ("--queue-size 8", "queue size 8 is less than the 16 keys of a step"),
     ("--batch-size 160 --queue-size 320", "batch size 160 is more than all 120"),
     ("--arch resnet1", "unknown architecture resnet1"),
     ("--epochs 0", "--epochs 0 is not"), ("--workers -1", "--workers -1 is not"),
