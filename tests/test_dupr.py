@@ -1,0 +1,557 @@
+import copy
+import csv
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torchvision
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.ops import roi_align
+
+import common
+import dupr
+import moco_v2
+from common import View
+from scenes import Scenes
+
+SMALL = dict(arch="resnet18", dim=16, queue_size=24, m=0.9, tau=0.2, bn_groups=2,
+             roi_size=(3, 2, 3, 2), patch_keys=6)
+ALPHA, BETA = (0.1, 0.4, 0.7, 1.0), (0.0, 0.0, 1.0, 1.0)
+BOXES_Q = [[0, 0, 60, 40], [10, 5, 50, 45], [0, 0, 20, 20], [30, 30, 90, 80]]
+BOXES_K = [[20, 10, 80, 50], [10, 5, 50, 45], [20, 0, 40, 20], [0, 10, 50, 60]]  # the third: apart
+
+
+def batch(number=4):
+    """Two views of 64 pixels, of which every fourth pair does not overlap."""
+    views = []
+    for boxes, flips in ((BOXES_Q, [0, 1, 0, 1]), (BOXES_K, [1, 1, 1, 0])):
+        by = number // 4
+        views.append(View(torch.randn(number, 3, 64, 64), torch.tensor(boxes * by).float(),
+                          torch.tensor(flips * by).bool()))
+    return views
+
+
+# ------------------------------------------------------------------------------ boxes, by hand
+
+
+def test_intersection_by_hand():
+    box, valid = dupr.intersect(torch.tensor(BOXES_Q).float(), torch.tensor(BOXES_K).float())
+    assert valid.tolist() == [True, True, False, True]  # the third share an edge, but no area
+    assert box[valid].tolist() == [[20, 10, 60, 40], [10, 5, 50, 45], [30, 30, 50, 60]]
+    far = torch.tensor([[0., 0, 5, 5]]), torch.tensor([[9., 0, 12, 5]])
+    assert not dupr.intersect(*far)[1].any() and not dupr.intersect(*far[::-1])[1].any()
+    corner = torch.tensor([[5., 5, 8, 8]])
+    assert not dupr.intersect(far[0], corner)[1].any()
+
+
+def test_into_view_by_hand():
+    box = torch.tensor([[20., 10, 60, 40]] * 2)
+    view = torch.tensor([[10., 0, 90, 40]] * 2)  # 80 x 40 pixels, shown as 224 x 224
+    found = dupr.into_view(box, view, torch.tensor([False, True]), 224)
+    assert found.tolist() == [[28, 56, 140, 224], [84, 56, 196, 224]]
+    whole = dupr.into_view(view, view, torch.tensor([True, False]), 10)
+    assert whole.tolist() == [[0, 0, 10, 10]] * 2
+
+
+def test_region_similarity_is_the_mean_over_positions():
+    q, k = torch.randn(2, 3, 5, 4, 4)
+    expected = []
+    for a, b in zip(q, k):
+        cosines = [torch.dot(a[:, i, j], b[:, i, j]) / (a[:, i, j].norm() * b[:, i, j].norm())
+                   for i in range(4) for j in range(4)]
+        expected.append(sum(cosines) / 16)
+    torch.testing.assert_close(dupr.region_similarity(q, k), torch.stack(expected))
+    torch.testing.assert_close(dupr.region_similarity(q, 3 * q), torch.ones(3))
+
+
+# -------------------------------------------------- a position is the same place in both views
+
+
+def coordinates(width, height):
+    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
+    x = torch.arange(width).expand(height, width)
+    y = torch.arange(height).unsqueeze(1).expand(height, width)
+    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+
+
+@pytest.mark.parametrize("width, height, size, roi_size", [
+    (250, 200, 224, 7), (250, 200, 224, 14), (120, 240, 96, 4), (200, 90, 160, 1), (64, 64, 64, 3)])
+def test_a_position_reads_the_same_place_in_both_views(width, height, size, roi_size):
+    torch.manual_seed(0)
+    args = dupr.parse_args(f"--data x --image-size {size}".split())
+    drawn = [dupr.two_views(coordinates(width, height), args) for _ in range(200)]
+    view_q, view_k = torch.utils.data.default_collate(drawn)
+    where_q, where_k, valid = dupr.overlap(view_q, view_k)
+    assert 150 < valid.sum() and len({*view_q.flipped.tolist()}) == 2
+    assert any(a != b for a, b in zip(view_q.flipped.tolist(), view_k.flipped.tolist()))
+    read_q, read_k = (dupr.align(v.pixels.float(), *where, roi_size, size)
+                      for v, where in ((view_q, where_q), (view_k, where_k)))
+    box, _ = dupr.intersect(view_q.box, view_k.box)
+    for b in valid.nonzero().flatten().tolist():
+        x1, y1, x2, y2 = box[b].tolist()
+        centres = (torch.arange(roi_size) + 0.5) / roi_size
+        x, y = x1 + centres * (x2 - x1) - 0.5, y1 + centres * (y2 - y1) - 0.5
+        for read, view in ((read_q, view_q), (read_k, view_k)):
+            # what a resized crop repeats at its border, and the rounding to whole pixels, is lost
+            shown = (view.box[b, 2:] - view.box[b, :2]).max() / size
+            slack = 1.0 + shown + 0.04 * max(x2 - x1, y2 - y1) / roi_size
+            assert (read[b, 0] - x).abs().max() < slack
+            assert (read[b, 1] - y[:, None]).abs().max() < slack
+        if roi_size > 1 and x2 - x1 > 4 * slack * roi_size:
+            assert (read_q[b, 0].diff(dim=1) > 0).all() and (read_k[b, 0].diff(dim=1) > 0).all()
+    assert (read_q - read_k)[valid][:, :2].abs().mean() < 0.4
+
+
+def test_align_reads_a_stage_as_the_view_that_it_is_of():
+    """A quarter of a 4 x 4 map, flipped or not: the cells under it."""
+    features = torch.arange(16.).view(1, 1, 4, 4).repeat(2, 1, 1, 1)
+    roi = torch.tensor([[0., 32, 32, 64]] * 2)  # of views of 64 pixels
+    regions = dupr.align(features, roi, torch.tensor([False, True]), 2, 64)
+    assert regions[0, 0].tolist() == [[8, 9], [12, 13]]
+    assert regions[1, 0].tolist() == [[9, 8], [13, 12]]
+
+
+def test_rand_augment_moves_nothing():
+    torch.manual_seed(0)
+    augment, image = dupr.ColourAugment(num_ops=1, magnitude=30), torch.zeros(3, 32, 32)
+    image[:, 8:12, 8:20] = torch.tensor([0.3, 0.6, 0.9])[:, None, None]
+    image, seen = (255 * image).to(torch.uint8), set()
+    smooth = torch.nn.functional.max_pool2d(image[None].float(), 3, 1, 1)[0] > 0
+    for _ in range(200):
+        out = augment(image)
+        assert out.dtype == torch.uint8
+        inside, outside = out[:, 9:11, 9:19], out[:, ~smooth.any(0)]  # sharpening sees neighbours
+        assert (inside == inside[:, :1, :1]).all() and (outside == outside[:, :1]).all()
+        seen.add(tuple(out.flatten().tolist()))
+    assert len(seen) > 6
+    names = dupr.ColourAugment()._augmentation_space(31, (32, 32))
+    assert {*names} == {"Identity", "Brightness", "Color", "Contrast", "Sharpness", "Posterize",
+                        "Solarize", "AutoContrast", "Equalize"}
+
+
+# ------------------------------------------------------------------ the losses, from the equations
+
+
+class Plain:
+    """An Encoder's weights in torchvision's own ResNet-18 with ordinary batch norm; RoI Align and
+    heads written out, for the images of each of ``groups`` GPUs apart."""
+
+    def __init__(self, encoder, groups):
+        self.resnet = torchvision.models.resnet18()
+        self.resnet.load_state_dict(encoder.stages.state_dict(), strict=False)
+        self.image_heads = copy.deepcopy(encoder.image_heads)
+        self.patch_heads = copy.deepcopy(encoder.patch_heads)
+        self.roi_size, self.groups = encoder.roi_size, groups
+
+    def named_parameters(self):
+        """Under the names that the Encoder has for them."""
+        yield from ((f"stages.{n}", p) for n, p in self.resnet.named_parameters() if "fc" not in n)
+        yield from ((f"image_heads.{n}", p) for n, p in self.image_heads.named_parameters())
+        yield from ((f"patch_heads.{n}", p) for n, p in self.patch_heads.named_parameters())
+
+    @staticmethod
+    def head(head, vector):
+        first, _, second = head
+        h = (first.weight.flatten(1) @ vector + first.bias).clamp(min=0)
+        z = second.weight.flatten(1) @ h + second.bias
+        return z / z.square().sum().sqrt()
+
+    def embed(self, view, boxes):
+        """boxes: for each image its overlap in the source's pixels, or None.
+        -> for each level the (B,) image embeddings; for Res4, Res5 those of positions, by image."""
+        images, patches, r = [[] for _ in range(4)], [[], []], self.resnet
+        for number, part in enumerate(view.pixels.chunk(self.groups)):
+            f2 = r.layer1(r.maxpool(r.relu(r.bn1(r.conv1(part)))))
+            f3 = r.layer2(f2)
+            f4 = r.layer3(f3)
+            stages = [f2, f3, f4, r.layer4(f4)]
+            for b in range(len(part)):
+                i = number * len(part) + b
+                for level in range(4):
+                    pooled = stages[level][b].mean((1, 2))
+                    images[level].append(self.head(self.image_heads[level], pooled))
+                for j, level in enumerate((2, 3)):
+                    patches[j].append(self.positions(stages[level][b:b + 1], view, i, boxes[i],
+                                                     self.roi_size[level], self.patch_heads[j]))
+        return images, patches
+
+    def positions(self, features, view, i, box, size, head):
+        if box is None:
+            return None
+        x1, y1, x2, y2 = view.box[i].tolist()
+        left, right = ((x - x1) / (x2 - x1) * 64 for x in (box[0], box[2]))
+        top, bottom = ((y - y1) / (y2 - y1) * 64 for y in (box[1], box[3]))
+        if view.flipped[i]:
+            left, right = 64 - right, 64 - left
+        region = roi_align(features, torch.tensor([[0, left, top, right, bottom]]), (size, size),
+                           features.shape[-1] / 64, aligned=True)[0]
+        rows = []
+        for p in range(size * size):
+            row, place = divmod(p, size)
+            place = size - 1 - place if view.flipped[i] else place
+            rows.append(self.head(head, region[:, row, place]))
+        return rows
+
+
+def literal(q, k, negatives, tau):
+    """Eq. (7) and (8), of one query."""
+    positive = torch.exp(torch.dot(q, k) / tau)
+    everyone = positive
+    for n in negatives:
+        everyone = everyone + torch.exp(torch.dot(q, n) / tau)
+    return -torch.log(positive / everyone)
+
+
+def literal_losses(model, encoder_q, encoder_k, view_q, view_k, order):
+    boxes = []
+    for q, k in zip(view_q.box.tolist(), view_k.box.tolist()):  # Eq. (4)
+        x1, y1, x2, y2 = max(q[0], k[0]), max(q[1], k[1]), min(q[2], k[2]), min(q[3], k[3])
+        boxes.append((x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None)
+    v_1, r_1 = encoder_q.embed(view_q, boxes)
+    with torch.no_grad():
+        moved = View(*(each[order] for each in view_k))
+        v_2, r_2 = encoder_k.embed(moved, [boxes[i] for i in order.tolist()])
+    back = [order.tolist().index(b) for b in range(len(order))]
+    v_2, r_2 = ([[level[i] for i in back] for level in levels] for levels in (v_2, r_2))
+    image, patch = [], []
+    for level in range(4):
+        negatives = model.queues[level].keys
+        terms = [literal(q, k, negatives, model.tau) for q, k in zip(v_1[level], v_2[level])]
+        image.append(sum(terms) / len(terms))
+    for level in range(2):
+        negatives = model.queues[4 + level].keys
+        terms = [literal(q, k, negatives, model.tau)
+                 for queries, keys in zip(r_1[level], r_2[level]) if queries is not None
+                 for q, k in zip(queries, keys)]
+        patch.append(sum(terms) / len(terms))
+    return image, patch, v_2, r_2
+
+
+def assert_gradients(expected, encoder, loss, model):
+    names, parameters = zip(*encoder.named_parameters())
+    gradients = dict(zip(names, torch.autograd.grad(expected, parameters, retain_graph=True,
+                                                    allow_unused=True)))
+    for p in model.parameters():
+        p.grad = None
+    loss.backward()
+    assert all(p.grad is None for p in model.encoder_k.parameters())
+    for name, p in model.encoder_q.named_parameters():
+        found, wanted = (torch.zeros_like(p) if g is None else g for g in (p.grad, gradients[name]))
+        assert (found - wanted).norm() <= 1e-3 * wanted.norm() + 1e-7, name
+
+
+def test_every_loss_equals_the_equations():
+    torch.manual_seed(0)
+    model, (view_q, view_k) = dupr.DUPR(**SMALL), batch()
+    with torch.no_grad():
+        for p in model.encoder_k.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    encoder_q, encoder_k = Plain(model.encoder_q, 2), Plain(model.encoder_k, 2)
+    torch.manual_seed(5)
+    order = torch.randperm(4)
+    image, patch, v_2, r_2 = literal_losses(model, encoder_q, encoder_k, view_q, view_k, order)
+    total = sum(w * t for w, t in zip([*ALPHA, 1, 1], [*image, *patch]))
+    torch.manual_seed(5)
+    loss, keys, parts = model(view_q, view_k)
+    for name, term in zip(("image_res2", "image_res3", "image_res4", "image_res5", "patch_res4",
+                           "patch_res5"), [*image, *patch]):
+        assert parts[name].item() == pytest.approx(term.item(), abs=1e-4), name
+    assert loss.item() == pytest.approx(total.item(), abs=1e-4)
+    assert parts["loss_chance"].item() == pytest.approx(4.2 * math.log(25))
+    assert parts["patch_chance"].item() == parts["image_chance"].item() == pytest.approx(
+        math.log(25))
+    assert_gradients(total, encoder_q, loss, model)
+    for found, rows in zip(keys, v_2):
+        torch.testing.assert_close(found, torch.stack(rows), atol=1e-5, rtol=1e-4)
+    for found, of_images in zip(keys[4:], r_2):  # six different keys of valid pairs
+        everyone = torch.stack([k for rows in of_images if rows is not None for k in rows])
+        distances = (found[:, None] - everyone).norm(dim=2)
+        assert found.shape == (6, 16) and distances.amin(1).max() < 1e-4
+        assert len(distances.argmin(1).unique()) == 6
+    for i, term in enumerate([*image, *patch]):  # and each term alone
+        weights = [[float(i == j) for j in range(4)], [0.0, 0.0, float(i == 4), float(i == 5)]]
+        model.losses = [("image", j, w) for j, w in enumerate(weights[0])]
+        model.losses += [("patch", j, weights[1][j]) for j in (2, 3)]
+        torch.manual_seed(5)
+        assert_gradients(term, encoder_q, model(view_q, view_k)[0], model)
+
+
+def test_keys_come_unshuffled_from_the_momentum_encoder():
+    torch.manual_seed(0)
+    model, (view_q, view_k) = dupr.DUPR(**{**SMALL, "bn_groups": 1}), batch(8)
+    _, where, valid = dupr.overlap(view_q, view_k)
+
+    def keys():
+        return common.shuffled(model.encoder_k, view_k.pixels, *where)
+
+    before, direct = keys(), model.encoder_k(view_k.pixels, *where)  # in one group: in any order
+    for a, b in zip(before, direct):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(a.norm(dim=-1), torch.ones(a.shape[:-1]))
+    assert [tuple(k.shape) for k in before] == [(8, 16)] * 4 + [(8, 9, 16), (8, 4, 16)]
+    with torch.no_grad():
+        for p in model.encoder_q.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    for a, b in zip(before, keys()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    common.momentum_update(model.encoder_q, model.encoder_k, 0.5)
+    for a, b in zip(before, keys()):
+        assert (a - b)[valid].abs().max() > 1e-3
+
+
+def test_gradients_reach_all_of_the_query_encoder_and_nothing_else():
+    torch.manual_seed(0)
+    model = dupr.DUPR(**SMALL)
+    loss, keys, parts = model(*batch())
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
+    assert all(p.grad is None for p in model.encoder_k.parameters())
+    assert not any(t.requires_grad for t in [*keys, *parts.values(), *model.buffers()])
+
+
+def test_pairs_without_overlap_have_no_patch_loss():
+    torch.manual_seed(0)
+    model, (view_q, view_k) = dupr.DUPR(**{**SMALL, "bn_groups": 1}), batch()
+    torch.manual_seed(1)
+    _, _, before = model(view_q, view_k)
+    box = view_k.box.clone()
+    box[2] = torch.tensor([1000., 1000, 1010, 1010])  # still apart, elsewhere
+    torch.manual_seed(1)
+    _, _, after = model(view_q, view_k._replace(box=box))
+    assert before["patch_res5"] == after["patch_res5"] > 0
+    apart = view_k._replace(box=view_k.box + 1000)
+    loss, keys, parts = model(view_q, apart)
+    loss.backward()
+    assert parts["patch_res4"] == parts["patch_res5"] == 0 < parts["image_res5"]
+    assert all(p.grad is not None and not p.grad.any()
+               for p in model.encoder_q.patch_heads.parameters())  # DDP wants all of them
+    assert [len(k) for k in keys] == [4, 4, 4, 4, 0, 0]
+    old = model.queues[4].keys.clone()
+    for queue, k in zip(model.queues, keys):
+        queue.push(k)
+    assert torch.equal(old, model.queues[4].keys) and model.queues[0].oldest == 4
+
+
+def test_chunks_do_not_change_the_patch_loss(monkeypatch):
+    torch.manual_seed(0)
+    model, views = dupr.DUPR(**SMALL), batch()
+    found = []
+    for chunk in (None, 5):
+        monkeypatch.setattr(dupr, "info_nce",
+                            lambda *qknt, chunk=chunk: common.info_nce(*qknt, chunk=chunk))
+        torch.manual_seed(1)
+        loss, _, _ = model(*views)
+        model.zero_grad()
+        loss.backward()
+        found.append([loss, *(p.grad.clone() for p in model.encoder_q.parameters())])
+    for a, b in zip(*found):
+        assert (a - b).norm() <= 1e-4 * a.norm()
+
+
+# -------------------------------------------------------------------------------- sizes, ablations
+
+
+def test_sizes_of_the_paper():
+    with torch.device("meta"):
+        model = dupr.DUPR()
+    assert [q.keys.shape for q in model.queues] == [(65536, 128)] * 6
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    encoder = model.encoder_q
+    numbers = [count(m) for m in (encoder.stages, encoder.image_heads, encoder.patch_heads)]
+    assert numbers == [23_508_032, 8_921_600, (1024 + 2048) * 2048 + 2 * (2048 + 2048 * 128 + 128)]
+    assert all(f"{number:,}" in dupr.__doc__ for number in numbers)
+    assert [h[0].weight.shape for h in encoder.patch_heads] == [(2048, 1024, 1, 1),
+                                                                (2048, 2048, 1, 1)]
+    assert encoder.roi_size[2:] == (14, 7)
+    assert model.losses[4:] == [("patch", 2, 1), ("patch", 3, 1)]
+    assert tuple(weight for _, _, weight in model.losses[:4]) == ALPHA
+
+
+def test_defaults_are_the_papers_unless_scenes_are_used():
+    args = vars(dupr.parse_args(["--data", "somewhere"]))
+    paper = dict(arch="resnet50", epochs=200, batch_size=256, lr=0.06, weight_decay=1e-4, dim=128,
+                 image_size=224, crop_scale=0.2, queue_size=65536, momentum=0.999, tau=0.2,
+                 bn_groups=8, p_blur=0.5, alpha=[*ALPHA], beta=[*BETA], patch_keys=32,
+                 rand_augment=False)
+    assert {k: args[k] for k in paper} == paper and args["roi_size"][2:] == [14, 7]
+    assert dupr.parse_args(["--data", "x", "--rand-augment"]).tau == 0.15
+    assert dupr.parse_args(["--data", "x", "--rand-augment", "--tau", "0.3"]).tau == 0.3
+    small = dupr.parse_args([])
+    assert small.arch == "resnet18" and small.queue_size < 4000 and small.lr == 0.06
+    assert small.alpha == [*ALPHA] and small.beta == [*BETA]
+
+
+def test_a_level_of_weight_0_costs_nothing():
+    torch.manual_seed(0)
+    model = dupr.DUPR(**SMALL, alpha=(0, 0.5, 0, 0), beta=(1, 0, 0, 0))
+    assert len(model.queues) == 2
+    assert len(model.encoder_q.image_heads) == len(model.encoder_q.patch_heads) == 1
+    for encoder in (model.encoder_q, model.encoder_k):
+        for layer in (encoder.stages.layer3, encoder.stages.layer4):
+            layer.forward = None  # calling it would fail
+    loss, keys, parts = model(*batch())
+    loss.backward()
+    assert {n for n in parts if "res" in n} == {"image_res3", "patch_res2"}
+    assert [len(k) for k in keys] == [4, 6]
+    assert {n for n, p in model.encoder_q.named_parameters() if p.grad is not None} == \
+        {n for n, p in model.encoder_q.named_parameters() if p.requires_grad}
+    patches = dupr.DUPR(**SMALL, alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1))  # Table VII (c)
+    loss, _, parts = patches(*batch())
+    assert loss == parts["patch_res5"] and "image_chance" not in parts
+
+
+# ---------------------------------------------------------------------- two processes, one process
+
+
+def one_step(model, views):
+    torch.manual_seed(3)
+    loss, keys, _ = model(*views)
+    loss.backward()
+    plain = getattr(model, "module", model)
+    for queue, k in zip(plain.queues, keys):
+        queue.push(k)
+    return loss.detach(), plain
+
+
+def half(number, path):
+    """Process ``number`` of two: half of the batch, half of the groups."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=number, world_size=2)
+    everything = torch.load(path / "in.pt", weights_only=True)
+    results = []
+    for state, views in everything:
+        model = dupr.DUPR(**{**SMALL, "bn_groups": 1})
+        model.load_state_dict(state)
+        loss, plain = one_step(DistributedDataParallel(model, broadcast_buffers=False),
+                               [View(*(each[4 * number:4 * number + 4] for each in view))
+                                for view in views])
+        for queue in plain.queues:
+            queues = common.all_gather(queue.keys[None])
+            assert torch.equal(queues[0], queues[1])
+        results.append([common.all_gather(loss[None]).mean(),
+                        {n: p.grad for n, p in plain.encoder_q.named_parameters()},
+                        plain.queues.state_dict()])
+    if number == 0:
+        torch.save(results, path / "out.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one_with_the_same_groups(tmp_path):
+    """Also where the processes have other numbers of overlapping pairs, or one, or both, none."""
+    torch.manual_seed(0)
+    model, everything = dupr.DUPR(**SMALL), []
+    for apart in ([], [1, 3, 4], [0, 1, 2, 3], [*range(8)]):
+        views = batch(8)
+        views[1].box[apart] += 1000
+        everything.append([model.state_dict(), [tuple(view) for view in views]])
+    torch.save(everything, tmp_path / "in.pt")
+    torch.multiprocessing.start_processes(half, (tmp_path,), 2, start_method="spawn")
+    results = torch.load(tmp_path / "out.pt", weights_only=True)
+    for (state, views), (loss, found, queues) in zip(everything, results):
+        single = copy.deepcopy(model)
+        expected, _ = one_step(single, [View(*view) for view in views])
+        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
+        for name, p in single.encoder_q.named_parameters():
+            assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, name
+        for name, value in single.queues.state_dict().items():
+            torch.testing.assert_close(queues[name], value, atol=1e-5, rtol=0)
+    assert results[0][2]["4.oldest"] == 6 and results[3][2]["4.oldest"] == 0
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+
+TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --queue-size 40 --bn-groups 2 "
+        "--workers 0 --lr 0.05 --log-every 1 --dim 16").split()
+
+
+def column(folder, name):
+    with open(folder / "log.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def test_with_the_last_image_loss_alone_it_is_moco(tmp_path):
+    torch.set_num_threads(1)
+    moco_v2.main([*TINY, "--out", str(tmp_path / "moco")])
+    dupr.main([*TINY, "--alpha", *"0001", "--beta", *"0000", "--out", str(tmp_path / "dupr")])
+    losses = column(tmp_path / "moco", "loss")
+    assert len(losses) == 4 and losses == column(tmp_path / "dupr", "loss")  # to the last digit
+    a, b = (common.load_checkpoint(tmp_path / n / "backbone.pt") for n in ("moco", "dupr"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_written_out(tmp_path):
+    """The queues' filling, the views' colours and rectangles, updates and pushes."""
+    torch.set_num_threads(1)
+    words = [*TINY, "--roi-size", *"2222", "--p-blur", "0.5", "--patch-keys", "5", "--epochs", "1"]
+    dupr.main([*words, "--out", str(tmp_path)])
+    args = dupr.parse_args(words)
+    torch.manual_seed(0)
+    model = dupr.DUPR("resnet18", 16, 40, args.momentum, args.tau, 2, roi_size=(2, 2, 2, 2),
+                      patch_keys=5)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.0, 0.9, weight_decay=1e-4)
+
+    def batches(steps):
+        loader = common.load_batches(Scenes(40, size=96, seed=0),
+                                     partial(dupr.two_views, args=args), 16, steps, 0, 0)
+        for step, (q, k) in zip(steps, loader):
+            torch.manual_seed(common.seed_for(0, step, 0))
+            pixels = [common.photometric(view.pixels, p_blur=0.5) for view in (q, k)]
+            yield step, View(pixels[0], q.box, q.flipped), View(pixels[1], k.box, k.flipped)
+
+    @torch.no_grad()
+    def push(keys, number):
+        assert [len(k) for k in keys] == [16] * 4 + [number] * 2
+        for queue, of_level in zip(model.queues, keys):
+            for key in of_level:
+                queue.keys[queue.oldest] = key
+                queue.oldest.copy_((queue.oldest + 1) % 40)
+
+    for _, q, k in batches(range(2, 5)):  # 40 keys, of three batches
+        where_q, where_k, valid = dupr.overlap(q, k)
+        keys = common.shuffled(model.encoder_k, k.pixels, *where_k)
+        push(model.chosen(keys, valid, 16), 16)
+    losses = []
+    for step, q, k in batches(range(2)):
+        optimizer.param_groups[0]["lr"] = 0.05 * 16 / 256 * (1 + math.cos(math.pi * step / 2)) / 2
+        loss, keys, _ = model(q, k)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for a, b in zip(model.encoder_q.parameters(), model.encoder_k.parameters()):
+            b.data = args.momentum * b + (1 - args.momentum) * a.detach()
+        push(keys, 5)
+        losses.append(loss.item())
+    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-5)
+    found = common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
+    for name, value in model.state_dict().items():  # the steps amplify what sums of floats differ
+        torch.testing.assert_close(found[name], value, atol=3e-3, rtol=1e-3)
+
+
+def test_a_run_with_other_flags(tmp_path):
+    dupr.main([*TINY, "--roi-size", *"2231", "--alpha", *"0002", "--beta", *"0110",
+               "--rand-augment", "--patch-keys", "5", "--out", str(tmp_path)])
+    total = [w * float(column(tmp_path, n)[0])
+             for n, w in (("image_res5", 2), ("patch_res3", 1), ("patch_res4", 1))]
+    assert float(column(tmp_path, "loss")[0]) == pytest.approx(sum(total), rel=1e-5)
+    state = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["method"] == "dupr" and state["args"]["tau"] == 0.15
+    assert state["model"]["queues.0.oldest"] == (3 * 16 + 4 * 16) % 40
+    assert state["model"]["queues.1.oldest"] == (3 * 16 + 4 * 5) % 40
+    common.load_backbone(common.resnet_stages("resnet18"), tmp_path / "backbone.pt")
+
+
+def test_arguments_that_cannot_be(tmp_path):
+    for flags, message in (("--alpha 0 0 0 0 --beta 0 0 0 0", "one weight must be more than 0"),
+                           ("--roi-size 0 1 1 1", "--roi-size [0, 1, 1, 1] is not"),
+                           ("--patch-keys 0", "--patch-keys 0 is not"),
+                           ("--patch-keys 257", "less than the 257 keys"),
+                           ("--queue-size 63", "less than the 64 keys")):
+        with pytest.raises(SystemExit, match="error: ") as error:
+            dupr.main([*flags.split(), "--scenes", "64", "--out", str(tmp_path)])
+        assert message in str(error.value)
