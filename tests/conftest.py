@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
