@@ -385,14 +385,16 @@ def info_nce(q, k, negatives, tau, chunk=None):
 def contrast_statistics(q, k, negatives):
     """What to watch beside the loss, as 0-dim tensors: the share of queries whose key beats all
     negatives, the mean similarities, and the mean deviation of a query's coordinate, which falls to
-    0 when all queries become one and is 1/sqrt(D) when they fill the sphere.  Makes (N, K)
-    similarities at once: for many rows, give it some of them."""
+    0 when all queries become one and is 1/sqrt(D) when they fill the sphere; all 0 for N = 0.
+    Makes (N, K) similarities at once: for many rows, give it some of them."""
+    if len(q) == 0:
+        q = k = negatives.new_zeros(1, negatives.shape[1])
     q, k, negatives = q.detach().float(), k.float(), negatives.float()
     with torch.autocast(q.device.type, enabled=False):
         positive, others = (q * k).sum(1), q @ negatives.T  # (N,), (N, K)
     return dict(accuracy=(positive > others.amax(1)).float().mean(),
                 similarity_positive=positive.mean(), similarity_negative=others.mean(),
-                deviation=q.std(0).mean())
+                deviation=q.std(0, correction=0).mean())
 
 
 class Queue(nn.Module):

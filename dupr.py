@@ -1,9 +1,9 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.,
 TPAMI 2022, arXiv 2103.04814).
 
-Beside the contrast of whole images, at every stage of the backbone, one of places: where two crops
-of an image overlap, a position of the feature map must be recognised as the same in the other
-crop's, among positions of other images.  Features so become sensitive to where things are.
+Beside the contrast of whole images, at every stage of the backbone, one of places, at the last two:
+where two crops of an image overlap, a position of the feature map must be recognised as the same in
+the other crop's, among positions of other images.  Features so come to tell where things are.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the overlap of the two crops and its
 way through crop, flip and RoI Align, and the queues of patches.
@@ -26,15 +26,13 @@ Equations
     (3), (4)  the rectangles and their intersection               intersect
     T_1, T_2 (3.2.1)  from the image into a view                  into_view
     (5), (6)  RoI Align, 1 x 1 convolutions, unit length          align, Encoder.forward
-    (7)  L_patch, over all positions of all pairs that overlap    DUPR.forward
-    (8)  L_image                                                  DUPR.forward
+    (7), (8)  L_patch, over all positions that overlap; L_image   DUPR.forward
     (9)  mean similarity of two regions, position by position     region_similarity
 
 Commands
     python dupr.py                                       built-in scenes, minutes on a CPU
     torchrun dupr.py --data DIR                          one GPU, the recipe of the ablations
-    torchrun --nproc_per_node=8 dupr.py --data DIR       eight GPUs, the same run
-    torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      the main experiments'
+    torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      eight, the main experiments'
     torchrun dupr.py --data DIR --beta 0 0 0 0                         Table VII (b), first row
     torchrun dupr.py --data DIR --alpha 0 0 0 0 --beta 0 0 0 1         Table VII (c), second row
 
@@ -44,22 +42,22 @@ Weights of one encoder with ResNet-50, of which only the ResNet's are exported
     patch heads          6,820,096      C_m x 2048 x 128 with C_m = 1024, 2048
 
 Where this differs from the paper, or the paper is silent
-    - S is 14 on conv4_x (Res4) and 7 on conv5_x (Res5), their sizes for 224-pixel views: section
-      3.2.3 says so once, once the reverse, and 4.5.3 gives the reason.  For Res2 and Res3, to which
-      Table VII (b) gives a loss too, no size is printed: 14 here.
+    - S is 14 on conv4_x (Res4) and 7 on conv5_x (Res5): 3.2.3 says so once, once the reverse, and
+      4.5.3 why.  For Res2 and Res3, which have a loss in Table VII (b), none is printed: 14 here.
     - Eq. (7) is printed as a sum over positions.  It is the mean here, over all positions of all
       overlapping pairs of all processes, so that alpha and beta weigh losses of like size.
     - Of a step's patch keys, 32 drawn from all valid positions of the global batch are pushed.
     - Crops without a common pixel have no patch loss, but keep their image loss.
     - Settings are those of the ablations, with MoCo v2's views and tau 0.2.  --rand-augment adds
-      RandAugment (2 operations of magnitude 9, as in its paper) and sets tau to 0.15; only its
-      operations on colour are drawn, for a geometric one would move what R_1 and R_2 record.
-    - RoI Align has the half-pixel shift (aligned=True).
+      torchvision's RandAugment (2 operations of magnitude 9) and sets tau to 0.15, but draws
+      operations on colour alone: a geometric one would move what R_1 and R_2 record.
+    - RoI Align has the half-pixel shift (aligned=True).  On CUDA its gradients are summed in no
+      fixed order, so that a resumed run need not end where an uninterrupted one does, bit for bit.
     - A head's hidden layer is as wide as Res5 (2048), at all levels.
     - A level of weight 0 has no head and no queue, and a stage that only it would need is not
       computed: backbone.pt then has it as it was drawn.
     - As in moco_v2.py: batch norm sees groups of batch / 8 images on any number of processes;
-      queues start full of real keys; the cosine falls with every step; bfloat16.
+      queues start full of real keys (at S = 1 not quite); cosine by step; bfloat16.
 """
 import argparse
 import copy
@@ -131,8 +129,8 @@ class ColourAugment(RandAugment):
 
 def two_views(image, args):
     """The query's and the key's view: two independent crops of one image (3, H, W)."""
-    augment = ColourAugment() if args.rand_augment else nn.Identity()
     drawn = [random_resized_crop(image, args.image_size, (args.crop_scale, 1.0)) for _ in "qk"]
+    augment = ColourAugment() if args.rand_augment else nn.Identity()
     return [view._replace(pixels=augment(view.pixels)) for view in drawn]
 
 
@@ -172,10 +170,8 @@ def overlap(view_q, view_k):
 
 def align(features, roi, flipped, roi_size, size):
     """RoI Align of one rectangle an image, left and right exchanged back where the view's are.
-
     features: (B, C, h, w) of views of ``size`` pixels; roi: (B, 4) in these pixels.
-    Returns (B, C, S, S): a position is the same place of the source image in both views.
-    """
+    Returns (B, C, S, S): a position is the same place of the source image in both views."""
     number = torch.arange(len(roi), device=roi.device).unsqueeze(1)
     regions = roi_align(features, torch.cat([number, roi], dim=1), roi_size,
                         spatial_scale=features.shape[-1] / size, aligned=True)  # (B, C, S, S)
@@ -234,9 +230,9 @@ class DUPR(nn.Module):
         self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in self.losses)
 
     def chosen(self, k, valid, number):
-        """Of the keys k, one (B, D) or (B, S*S, D) for each queue, those to push: all image keys,
-        and this process's share of ``number`` patch keys, drawn from all processes' valid pairs."""
-        pairs, keys = all_gather(valid).nonzero(), []
+        """Of the keys k, (B, D) or (B, S*S, D) for each queue, those to push: all image keys, and
+        this process's share of ``number`` patch keys of all processes' pairs that are ``valid``."""
+        pairs, keys = valid.nonzero(), []
         for each in k:
             if each.dim() == 3:
                 positions = (pairs * each.shape[1] + torch.arange(each.shape[1])).flatten()
@@ -244,8 +240,8 @@ class DUPR(nn.Module):
                 if world_size() > 1:
                     dist.broadcast(drawn, src=0)
                 share = len(drawn) // world_size()
-                mine = drawn[rank() * share:(rank() + 1) * share].to(each.device)
-                each = all_gather(each).flatten(0, 1)[mine]
+                mine = drawn[rank() * share:(rank() + 1) * share]
+                each = all_gather(each).flatten(0, 1)[mine.to(each.device)]
             keys.append(each)
         return keys
 
@@ -255,25 +251,25 @@ class DUPR(nn.Module):
         where_q, where_k, valid = overlap(view_q, view_k)
         q = self.encoder_q(view_q.pixels, *where_q)
         k = shuffled(self.encoder_k, view_k.pixels, *where_k)  # without gradient
-        keys = self.chosen(k, valid, self.patch_keys)
+        valid_of_all = all_gather(valid)
+        keys = self.chosen(k, valid_of_all, self.patch_keys)
         # the mean over all processes' pairs is the mean over processes of their own means so scaled
-        share = float(valid.float().mean() / all_gather(valid).float().mean().clamp(min=1e-9))
+        share = float(valid.float().mean() / valid_of_all.float().mean().clamp(min=1e-9))
         rows = valid.nonzero().flatten().to(view_q.pixels.device)
-        loss, parts, statistics = 0, {}, {}
+        loss, parts, watched = 0, {}, {}
         for (kind, i, weight), q_i, k_i, queue in zip(self.losses, q, k, self.queues):
-            scale, some = 1, slice(None)
+            scale, stride = 1, 1
             if kind == "patch":
                 q_i, k_i = q_i[rows].flatten(0, 1), k_i[rows].flatten(0, 1)  # (N, D)
-                # to watch: one position of an image, another of each
-                scale, some = share, slice(None, None, self.encoder_q.roi_size[i] ** 2 + 1)
+                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # watch one an image
             term = info_nce(q_i, k_i, queue.keys, self.tau) * scale  # Eq. (8), Eq. (7)
             loss = loss + weight * term  # Eq. (2)
             parts[f"{kind}_res{i + 2}"] = term.detach()
-            statistics[kind] = contrast_statistics(q_i[some], k_i[some], queue.keys)
+            watched[kind] = q_i[::stride], k_i[::stride], queue.keys
         chance = torch.full_like(loss, math.log(len(queue.keys) + 1)).detach()
-        for kind, watched in statistics.items():  # of the last level
+        for kind, last in watched.items():
             parts[f"{kind}_chance"] = chance
-            parts.update({f"{name}_{kind}": value for name, value in watched.items()})
+            parts.update({f"{n}_{kind}": v for n, v in contrast_statistics(*last).items()})
         whole = chance * sum(weight for _, _, weight in self.losses)
         return loss, keys, dict(loss_chance=whole, **parts)
 
@@ -289,12 +285,12 @@ def train(args, device):
     if not any(args.alpha + args.beta):
         raise InputError("--alpha, --beta: one weight must be more than 0")
     if args.patch_keys % world_size():
-        raise InputError(f"--patch-keys {args.patch_keys} does not divide over {world_size()} processes")
+        raise InputError(f"{args.patch_keys} patch keys for {world_size()} processes")
     images = unlabelled(args.data, args.scenes)
     groups = batch_norm_groups(args.bn_groups, args.batch_size)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    pushed = max(args.batch_size, args.patch_keys if any(args.beta) else 0)
-    check_queue(args.queue_size, pushed, args.momentum, len(images))
+    check_queue(args.queue_size, max(args.batch_size, args.patch_keys if any(args.beta) else 0),
+                args.momentum, len(images))
 
     torch.manual_seed(args.seed)
     model = DUPR(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups, args.alpha,
@@ -324,8 +320,9 @@ def train(args, device):
             _, where_k, valid = overlap(view_q, view_k)
             with mixed:
                 k = shuffled(model.encoder_k, view_k.pixels, *where_k)
-            for queue, keys in zip(model.queues, model.chosen(k, valid, args.batch_size)):
-                queue.push(keys)
+            keys = model.chosen(k, all_gather(valid), args.batch_size)
+            for queue, k in zip(model.queues, keys):
+                queue.push(k)
             run.stop_if_asked()
         run.start_clock()
 

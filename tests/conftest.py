@@ -1,4 +1,6 @@
 """Puts the project's folder on the path, and gives the tests small image folders of their own."""
+import csv
+import multiprocessing
 import os
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
@@ -30,6 +32,25 @@ def make_photos(folder, number, size=(80, 60), seed=0):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"), 120)
+
+
+def start_processes(function, args, processes):
+    """function(number, *args) in each of so many processes, forked from one that has torch."""
+    multiprocessing.set_forkserver_preload(["torchvision"])
+    torch.multiprocessing.start_processes(function, args, processes, start_method="forkserver")
+
+
+def coordinates(width, height):
+    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
+    x = torch.arange(width).expand(height, width)
+    y = torch.arange(height).unsqueeze(1).expand(height, width)
+    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+
+
+def column(folder, name):
+    """A column of a run's log, as text."""
+    with open(folder / "log.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
 
 
 def command(*words, processes=0, **kwargs):

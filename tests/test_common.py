@@ -435,7 +435,7 @@ def test_contrast_statistics_by_hand():
     assert found["accuracy"] == 0.5
     assert found["similarity_positive"].item() == pytest.approx(0.8)
     assert found["similarity_negative"].item() == pytest.approx(0.1)
-    assert found["deviation"].item() == pytest.approx(0.5 ** 0.5)
+    assert found["deviation"].item() == pytest.approx(0.5)
 
 
 # ------------------------------------------------------------------------ checkpoints and backbones

@@ -1,5 +1,4 @@
 import copy
-import csv
 import math
 from functools import partial
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from conftest import column, coordinates, start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -203,13 +203,6 @@ def test_gradients_reach_all_of_the_query_encoder_and_nothing_else():
 # -------------------------------------------------------------------------------- views and patches
 
 
-def coordinates(width, height):
-    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
-    x = torch.arange(width).expand(height, width)
-    y = torch.arange(height).unsqueeze(1).expand(height, width)
-    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
-
-
 @pytest.mark.parametrize("size, patch", [(255, 64), (60, 16), (47, 15)])
 def test_patches_come_in_order_from_the_cells_of_one_flipped_crop(size, patch):
     torch.manual_seed(0)
@@ -362,7 +355,7 @@ def test_a_shared_queue_takes_the_keys_of_all_levels():
 
 
 def one_step(model, x):
-    torch.manual_seed(3)
+    torch.manual_seed(3 + common.rank())  # what rank 0 draws is what counts
     loss, keys, _ = model(*x)
     loss.backward()
     plain = getattr(model, "module", model)
@@ -398,7 +391,7 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path):
     for options in ({}, dict(share_queue=True, weights=(0, 1, 1, 0))):
         everything.append([options, detco.DetCo(**SMALL, **options).state_dict(), batch(8)])
     torch.save(everything, tmp_path / "in.pt")
-    torch.multiprocessing.start_processes(half, (tmp_path,), 2, start_method="spawn")
+    start_processes(half, (tmp_path,), 2)
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     for (options, state, x), (loss, found, queues) in zip(everything, results):
         model = detco.DetCo(**SMALL, **options)
@@ -418,11 +411,6 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path):
 
 TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --queue-size 40 --bn-groups 2 "
         "--workers 0 --lr 0.05 --log-every 1 --dim 16").split()
-
-
-def column(folder, name):
-    with open(folder / "log.csv", newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
 
 
 def test_with_the_last_level_alone_it_is_moco(tmp_path):

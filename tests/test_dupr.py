@@ -1,5 +1,4 @@
 import copy
-import csv
 import math
 from functools import partial
 
@@ -7,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torchvision
+from conftest import column, coordinates, start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import roi_align
 
@@ -69,13 +69,6 @@ def test_region_similarity_is_the_mean_over_positions():
 # -------------------------------------------------- a position is the same place in both views
 
 
-def coordinates(width, height):
-    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
-    x = torch.arange(width).expand(height, width)
-    y = torch.arange(height).unsqueeze(1).expand(height, width)
-    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
-
-
 @pytest.mark.parametrize("width, height, size, roi_size", [
     (250, 200, 224, 7), (250, 200, 224, 14), (120, 240, 96, 4), (200, 90, 160, 1), (64, 64, 64, 3)])
 def test_a_position_reads_the_same_place_in_both_views(width, height, size, roi_size):
@@ -126,6 +119,14 @@ def test_rand_augment_moves_nothing():
         assert (inside == inside[:, :1, :1]).all() and (outside == outside[:, :1]).all()
         seen.add(tuple(out.flatten().tolist()))
     assert len(seen) > 6
+    plain, changed = [], []
+    for views, more in ((plain, []), (changed, ["--rand-augment"])):
+        args = dupr.parse_args(["--data", "x", "--image-size", "32", *more])
+        torch.manual_seed(0)
+        views.extend(dupr.two_views(torch.randint(256, (3, 60, 60), dtype=torch.uint8), args))
+    assert all(torch.equal(a.box, b.box) and a.flipped == b.flipped
+               for a, b in zip(plain, changed))
+    assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip(plain, changed))
     names = dupr.ColourAugment()._augmentation_space(31, (32, 32))
     assert {*names} == {"Identity", "Brightness", "Color", "Contrast", "Sharpness", "Posterize",
                         "Solarize", "AutoContrast", "Equalize"}
@@ -328,10 +329,22 @@ def test_pairs_without_overlap_have_no_patch_loss():
     assert all(p.grad is not None and not p.grad.any()
                for p in model.encoder_q.patch_heads.parameters())  # DDP wants all of them
     assert [len(k) for k in keys] == [4, 4, 4, 4, 0, 0]
+    assert all(torch.isfinite(value) for value in parts.values())
     old = model.queues[4].keys.clone()
     for queue, k in zip(model.queues, keys):
         queue.push(k)
     assert torch.equal(old, model.queues[4].keys) and model.queues[0].oldest == 4
+
+
+def test_pushed_patch_keys_come_from_anywhere_in_pairs_that_overlap():
+    torch.manual_seed(0)
+    model, seen = dupr.DUPR(**SMALL, alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1)), set()
+    k = [torch.arange(5 * 4.0).view(5, 4, 1)]  # each position its own key
+    for _ in range(200):
+        (drawn,) = model.chosen(k, torch.tensor([True, False, True, True, False]), 6)
+        assert len({*drawn.flatten().tolist()}) == 6
+        seen |= {*drawn.flatten().tolist()}
+    assert seen == {*range(0, 4), *range(8, 16)}
 
 
 def test_chunks_do_not_change_the_patch_loss(monkeypatch):
@@ -409,7 +422,7 @@ def test_a_level_of_weight_0_costs_nothing():
 
 
 def one_step(model, views):
-    torch.manual_seed(3)
+    torch.manual_seed(3 + common.rank())  # what rank 0 draws is what counts
     loss, keys, _ = model(*views)
     loss.backward()
     plain = getattr(model, "module", model)
@@ -450,7 +463,7 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path):
         views[1].box[apart] += 1000
         everything.append([model.state_dict(), [tuple(view) for view in views]])
     torch.save(everything, tmp_path / "in.pt")
-    torch.multiprocessing.start_processes(half, (tmp_path,), 2, start_method="spawn")
+    start_processes(half, (tmp_path,), 2)
     results = torch.load(tmp_path / "out.pt", weights_only=True)
     for (state, views), (loss, found, queues) in zip(everything, results):
         single = copy.deepcopy(model)
@@ -468,11 +481,6 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path):
 
 TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --queue-size 40 --bn-groups 2 "
         "--workers 0 --lr 0.05 --log-every 1 --dim 16").split()
-
-
-def column(folder, name):
-    with open(folder / "log.csv", newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
 
 
 def test_with_the_last_image_loss_alone_it_is_moco(tmp_path):

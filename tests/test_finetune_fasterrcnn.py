@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos
+from conftest import make_photos, start_processes
 from PIL import Image
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
@@ -859,7 +859,7 @@ def gradients(number, world, path):
 
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     gradients(0, 1, tmp_path)
-    torch.multiprocessing.start_processes(gradients, (2, tmp_path), 2, start_method="spawn")
+    start_processes(gradients, (2, tmp_path), 2)
     one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
     assert one.keys() == two.keys()
     for name, gradient in one.items():
@@ -912,8 +912,7 @@ def evaluate_everywhere(number, world, path):
 def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
     evaluate_everywhere(0, 1, tmp_path)
     for world in (2, 3):
-        torch.multiprocessing.start_processes(evaluate_everywhere, (world, tmp_path), world,
-                                              start_method="spawn")
+        start_processes(evaluate_everywhere, (world, tmp_path), world)
     results = {p.name: p.read_text() for p in tmp_path.glob("*.json")}
     assert len(results) == 6 and len(set(results.values())) == 1
     ap = json.loads(results["1-0.json"])

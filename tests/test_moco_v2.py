@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+from conftest import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -202,7 +203,7 @@ def test_two_processes_equal_one_with_the_same_groups(tmp_path, groups):
     model = moco_v2.MoCo(**{**SMALL, "bn_groups": groups})
     views = torch.randn(2, 16, 3, 32, 32)
     torch.save([model.state_dict(), views], tmp_path / "in.pt")
-    torch.multiprocessing.start_processes(half, (groups, tmp_path), 2, start_method="spawn")
+    start_processes(half, (groups, tmp_path), 2)
     loss, gradients, queue = torch.load(tmp_path / "out.pt", weights_only=True)
     expected, _ = one_step(model, *views)
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
