@@ -220,19 +220,16 @@ def train(args, device):
     inf = math.inf
     check(args, epochs=(1, inf), batch_size=(1, inf), lr=(0, inf), weight_decay=(0, inf),
           weights=(0, inf), image_size=(8, inf), crop_scale=(1e-3, 1), local_scale=(1e-3, 1),
-          local_size=(24, inf), p_blur=(0, 1), dim=(1, inf), tau=(1e-3, inf),
-          queue_size=(1, inf), momentum=(0, 1), bn_groups=(1, inf), scenes=(1, inf),
-          workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    if not args.no_local:
-        check(args, patch_size=(8, args.local_size // 3))
+          local_size=(24, inf), patch_size=(8, inf if args.no_local else args.local_size // 3),
+          p_blur=(0, 1), dim=(1, inf), tau=(1e-3, inf), queue_size=(1, inf), momentum=(0, 1),
+          bn_groups=(1, inf), scenes=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
     if not any(args.weights):
         raise InputError("--weights: one must be more than 0")
     images = unlabelled(args.data, args.scenes)
     groups = batch_norm_groups(args.bn_groups, args.batch_size)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    levels = sum(w > 0 for w in args.weights)
-    check_queue(args.queue_size, args.batch_size * (levels if args.share_queue else 1),
-                args.momentum, len(images))
+    pushed = args.batch_size * (sum(map(bool, args.weights)) if args.share_queue else 1)
+    check_queue(args.queue_size, pushed, args.momentum, len(images))
     by = sum(args.weights) if args.normalise_weights else 1
 
     torch.manual_seed(args.seed)
