@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # the tensors are small: a second thread costs more than it gives
+torch.set_num_threads(1)  # beside other load, a test with two threads took ten times as long
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))

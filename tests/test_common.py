@@ -292,6 +292,17 @@ def test_split_batch_norm_equals_one_module_a_group():
         split.train()(x[:10])
 
 
+def test_a_group_of_one_value_is_refused():
+    norm = common.SplitBatchNorm(3, groups=2)
+    norm(torch.randn(4, 3, 1, 1))
+    norm(torch.randn(2, 3, 1, 2))
+    with pytest.raises(InputError, match="one value of each channel .2 images in 2 groups, 1 x 1"):
+        norm(torch.randn(2, 3, 1, 1))
+    with pytest.raises(InputError, match="1 images in 1 groups"):
+        common.SplitBatchNorm(3)(torch.randn(1, 3, 1, 1))
+    assert norm.eval()(torch.randn(2, 3, 1, 1)).shape == (2, 3, 1, 1)
+
+
 def test_batch_norm_groups_name_both_numbers():
     assert common.batch_norm_groups(8, 256) == 8
     with pytest.raises(InputError, match="100 .* 8"):
@@ -436,6 +447,7 @@ def test_contrast_statistics_by_hand():
     assert found["similarity_positive"].item() == pytest.approx(0.8)
     assert found["similarity_negative"].item() == pytest.approx(0.1)
     assert found["deviation"].item() == pytest.approx(0.5)
+    assert not any(common.contrast_statistics(q[:0], k[:0], k).values())
 
 
 # ------------------------------------------------------------------------ checkpoints and backbones
