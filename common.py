@@ -77,7 +77,7 @@ class ImageFiles(Dataset):
     def __init__(self, root):
         if not os.path.isdir(root):
             raise InputError(f"no such folder: {root}")
-        self.paths, seen = [], set()
+        self.root, self.paths, seen = root, [], set()
         for folder, below, files in os.walk(root, followlinks=True):
             seen.add(os.path.realpath(folder))
             below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
@@ -92,7 +92,16 @@ class ImageFiles(Dataset):
         return len(self.paths)
 
     def __getitem__(self, index):
-        return read_or_next(self.paths, self.broken, index)[1]
+        return self.numbered(index)[1]
+
+    def numbered(self, index):
+        """Image ``index``, or the one that stands in for it -> its index, (3, H, W) uint8."""
+        return read_or_next(self.paths, self.broken, index)
+
+    @property
+    def names(self):
+        """The images' paths below the folder, with slashes."""
+        return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
 
 
 def unlabelled(data, scenes):
@@ -670,7 +679,8 @@ class Run:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if args.fresh and rank() == 0:
-            for old in ("checkpoint.pt", "backbone.pt", "curves.png", "ap.json", "detections.png"):
+            for old in ("checkpoint.pt", "backbone.pt", "detector.pt", "curves.png", "ap.json",
+                        "detections.png"):
                 (self.out / old).unlink(missing_ok=True)
         if world_size() > 1:
             dist.barrier()

@@ -90,6 +90,7 @@ class Scenes(torch.utils.data.Dataset):
 
     def __init__(self, n, size, seed, cache=False):
         self.n, self.size, self.seed, self.cache = n, size, seed, cache
+        self.names = [f"{size} {seed} {i}" for i in range(n)]
         if cache:
             memory = mmap.mmap(-1, n * 3 * size**2)  # shared by forked workers
             self.images = torch.frombuffer(memory, dtype=torch.uint8).view(n, 3, size, size)
@@ -100,6 +101,10 @@ class Scenes(torch.utils.data.Dataset):
 
     def __getitem__(self, i):
         return self.labelled(i)[0]
+
+    def numbered(self, i):
+        """As ``common.ImageFiles.numbered``: nothing stands in for a scene."""
+        return i, self[i]
 
     def labelled(self, i):
         """What `draw` gives: image, boxes (n, 4), labels (n,)."""

@@ -1,0 +1,512 @@
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import column, coordinates, make_photos, start_processes
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import default_collate
+from torchvision.ops import roi_align
+
+import common
+import finetune_fasterrcnn
+import selective_search
+import soco
+from scenes import Scenes
+
+SMALL = dict(arch="resnet18", fpn_channels=8, hidden=24, dim=16)
+BOXES = torch.tensor([[[4., 4, 40, 30], [20, 10, 60, 60]], [[0, 0, 64, 64], [30, 8, 44, 60]],
+                      [[10, 10, 30, 30], [10, 10, 30, 30]], [[2, 20, 50, 44], [33, 3, 63, 63]]])
+
+
+def batch(number=4, sizes=(64, 64, 32), seed=0):
+    """Random views of ``number`` images, a multiple of 4, and two boxes in each."""
+    torch.manual_seed(seed)
+    views = [torch.randn(number, 3, size, size) for size in sizes]
+    return views, [BOXES.repeat(number // 4, 1, 1) * size / 64 for size in sizes]
+
+
+def settled(model, seed=1):
+    """In eval mode, with batch statistics, weights of the target and scales of its own."""
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "target" in name:
+                p.add_(0.05 * torch.randn_like(p))
+    model.train()
+    for _ in range(3):
+        model(*batch(8))
+    return model.eval()
+
+
+# --------------------------------------------------------------------------------------- the loss
+
+
+def test_similarity_loss_is_minus_two_cosines():
+    torch.manual_seed(0)
+    v, target = torch.randn(5, 7, requires_grad=True), torch.randn(5, 7, requires_grad=True)
+    found = soco.similarity_loss(v, target)
+    cosines = [torch.dot(a, b) / (a.norm() * b.norm()) for a, b in zip(v, target)]
+    expected = sum(-2 * c for c in cosines) / 5
+    torch.testing.assert_close(found, expected)
+    (gradient,) = torch.autograd.grad(found, v)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected, v)[0])
+    assert not torch.autograd.grad(soco.similarity_loss(v, target), target, allow_unused=True)[0]
+    assert soco.similarity_loss(v, 3 * v).item() == pytest.approx(-2)
+    assert soco.similarity_loss(v.bfloat16(), v.bfloat16()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("sizes, least", [((64, 64, 32), -8), ((64, 64, 32, 48), -12)])
+def test_loss_and_gradients_equal_a_loop_over_boxes(sizes, least):
+    """Each box of each image alone through the networks, in eval mode, and L_i + L~_i of it."""
+    torch.manual_seed(0)
+    model = settled(soco.SoCo(**SMALL))
+    views, boxes = batch(4, sizes)
+    loss, parts = model(views, boxes)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters()}
+    assert least < loss < -least
+    model.zero_grad()
+    total = 0
+
+    def cosine(a, b):
+        return (a * b).sum() / (a.norm() * b.norm())
+
+    for image in range(4):
+        for i in range(2):
+            one = [(view[image:image + 1], box[image:image + 1, i:i + 1])
+                   for view, box in zip(views, boxes)]
+            online = [model.predictor(model.online(*seen)) for seen in one]
+            target = [model.target(*seen).detach() for seen in one]
+            for other in range(1, len(sizes)):
+                total = total - 2 * cosine(online[0], target[other]) / 8  # L_i
+                total = total - 2 * cosine(online[other], target[0]) / 8  # L~_i
+    torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
+    total.backward()
+    for name, p in model.named_parameters():
+        if p.grad is None:
+            assert found[name] is None and name.startswith("target")
+        else:
+            assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-6, name
+    pairs = -2 * sum(2 * value for name, value in parts.items() if "similarity" in name)
+    torch.testing.assert_close(loss.detach(), pairs)
+    assert {n for n in parts if "similarity" in n} == {f"similarity_v{i + 2}"
+                                                      for i in range(len(sizes) - 1)}
+
+
+class Constant(torch.nn.Module):
+    def forward(self, _view, _boxes):
+        return torch.ones(4, 16)
+
+
+def test_the_least_loss():
+    """Where the predictor says what the target does."""
+    for number, least in ((3, -8), (4, -12)):
+        model = soco.SoCo(**SMALL)
+        model.online = model.target = Constant()
+        model.predictor = torch.nn.Identity()
+        loss, parts = model([None] * number, [None] * number)
+        assert loss.item() == pytest.approx(least) and parts["deviation"] == 0
+
+
+def test_the_target_starts_as_a_copy_and_follows():
+    torch.manual_seed(0)
+    model, (views, boxes) = soco.SoCo(**SMALL), batch()
+    before = model.target(views[0], boxes[0])
+    torch.testing.assert_close(before, model.online(views[0], boxes[0]))
+    with torch.no_grad():
+        for p in model.online.parameters():
+            p.mul_(0.8).add_(0.01)
+    assert torch.equal(before, model.target(views[0], boxes[0]))
+    expected = [0.9 * t + 0.1 * o for t, o in zip(model.target.parameters(),
+                                                  model.online.parameters())]
+    common.momentum_update(model.online, model.target, 0.9)
+    for p, e in zip(model.target.parameters(), expected):
+        torch.testing.assert_close(p.data, e.data)
+    assert (model.target(views[0], boxes[0]) - before).abs().max() > 1e-3
+
+
+def test_gradients_reach_all_of_the_online_side_and_nothing_else():
+    torch.manual_seed(0)
+    model = soco.SoCo(**SMALL)
+    model(*batch())[0].backward()  # no box goes to P4 or P5: zeros there, which DDP has
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == name.startswith("target."), name
+    unused = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
+    assert {n.rsplit(".", 2)[0] for n in unused} == {
+        f"online.backbone.fpn.layer_blocks.{level}" for level in "23"}
+    for a, b in zip(model.online.parameters(), model.target.parameters()):
+        assert a is not b and torch.equal(a, b)
+
+
+# ----------------------------------------------------------------------------- scale and RoI Align
+
+
+def test_a_box_goes_to_the_level_of_its_size():
+    network = soco.Network(**SMALL)
+    levels = {8: 0, 47: 0, 48: 0, 48.1: 1, 49: 1, 95: 1, 96: 1, 96.1: 2, 97: 2, 192: 2, 192.1: 3,
+              193: 3, 224: 3, 1000: 3}
+    for side, level in levels.items():
+        for ratio in (1, 4, 1 / 4):
+            w, h = side * ratio ** 0.5, side / ratio ** 0.5
+            box = torch.tensor([[0., 0., w, h]])
+            assert network.pool.map_levels([box]).item() == level, (side, ratio)
+            flat = {str(i): torch.full((1, 8, 64, 64), float(i)) for i in range(4)}
+            pooled = network.pool(flat, [box.clamp(max=256)], [(256, 256)])
+            if side < 200 and ratio == 1:
+                torch.testing.assert_close(pooled, torch.full_like(pooled, level))
+
+
+@pytest.mark.parametrize("size", [224, 112, 40, 36])
+def test_pooling_reads_where_the_box_is(size):
+    """Each level a map of its own coordinates, in the view's pixels; whatever was pooled before."""
+    network = soco.Network(**SMALL)
+    pyramid = {}
+    for i, stride in enumerate((4, 8, 16, 32)):
+        cells = (torch.arange(math.ceil(size / stride)) + 0.0) * stride
+        pyramid[str(i)] = torch.stack([cells.expand(len(cells), -1), cells[:, None].expand(
+            -1, len(cells))])[None].repeat(2, 1, 1, 1)
+    side = size * torch.tensor([0.15, 0.25, 0.5])  # a cell of P2 at least
+    boxes = torch.stack([torch.stack([0.2 * size + 0 * s, 0.15 * size + 0 * s, 0.2 * size + s,
+                                      0.15 * size + s]) for s in side])
+    pooled = network.pool(pyramid, [boxes, boxes + 0.1 * size], [(size, size)] * 2)
+    for regions, where in ((pooled[:3], boxes), (pooled[3:], boxes + 0.1 * size)):
+        for region, (x1, y1, x2, y2) in zip(regions, where):
+            centres = (torch.arange(7) + 0.5) / 7
+            torch.testing.assert_close(region[0, 3], x1 + centres * (x2 - x1), atol=1e-2, rtol=0)
+            torch.testing.assert_close(region[1, :, 3], y1 + centres * (y2 - y1), atol=1e-2, rtol=0)
+
+
+def test_one_level_a_box_equals_all_four_with_three_masked():
+    torch.manual_seed(0)
+    network = soco.Network(**SMALL).eval()
+    image, sides = torch.randn(1, 3, 224, 224), torch.tensor([20., 48, 60, 96, 130, 192, 210])
+    boxes = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
+    found = network(image, boxes[None])
+    pyramid, expected = network.backbone(image), 0
+    for name, low, high in (("0", 0, 48), ("1", 48, 96), ("2", 96, 192), ("3", 192, 1000)):
+        level = pyramid[name]
+        regions = roi_align(level, [boxes], 7, level.shape[-1] / 224, sampling_ratio=0)
+        mask = ((sides > low) & (sides <= high)).float()[:, None]
+        expected = expected + mask * network.projector(network.head(regions))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+# --------------------------------------------------------------------------------- boxes and views
+
+
+def read(pixels, box):
+    """The means of four quarters of a box (P, 4) of one image (3, H, W): (P, 3, 2, 2)."""
+    return roi_align(pixels[None].float(), [box], 2, aligned=True)
+
+
+@pytest.mark.parametrize("width, height, size, small, view4", [
+    (250, 200, 224, 112, 192), (120, 240, 96, 48, 80), (200, 90, 128, 64, 100)])
+def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, view4):
+    args = soco.parse_args(f"--data x --image-size {size} --small-size {small} --view4 {view4} "
+                           "--boxes-per-image 3".split())
+    image, flips = coordinates(width, height), set()
+    for seed in range(150):
+        torch.manual_seed(seed)
+        boxes = soco.random_boxes(width, height, 6)
+        views, places, none = soco.make_views((image, boxes), args)
+        assert [v.pixels.shape for v in views] == [(3, s, s) for s in (size, size, small, view4)]
+        assert views[0].box.tolist() == [0, 0, width, height]
+        assert all(torch.equal(v.box, views[1].box) for v in views[1:])
+        flips.add(tuple(bool(v.flipped) for v in views))
+        crop = views[1].box
+        assert (places[:, :2] >= crop[:2]).all() and (places[:, 2:] <= crop[2:]).all()
+        quarter = torch.tensor([0.25, 0.75])
+        for view in views:
+            side = view.pixels.shape[-1]
+            box = soco.into_view(places[None], view.box[None], torch.tensor([view.flipped]), side)[0]
+            assert (box >= -1e-3).all() and (box <= side + 1e-3).all()
+            seen = read(view.pixels, box)
+            seen = seen.flip(3) if view.flipped else seen
+            scale = (view.box[2:] - view.box[:2]).max() / side
+            for p, (x1, y1, x2, y2) in enumerate(places.tolist()):
+                slack = 1 + scale + 0.03 * max(x2 - x1, y2 - y1)
+                x, y = x1 + quarter * (x2 - x1) - 0.5, y1 + quarter * (y2 - y1) - 0.5
+                assert (seen[p, 0] - x).abs().max() < slack
+                assert (seen[p, 1] - y[:, None]).abs().max() < slack
+    assert len(flips) == 16
+
+
+def test_into_view_by_hand():
+    box = torch.tensor([[[20., 10, 60, 40], [10, 0, 90, 40]]] * 2)
+    view = torch.tensor([[10., 0, 90, 40]] * 2)  # 80 x 40 pixels, shown as 224 x 224
+    found = soco.into_view(box, view, torch.tensor([False, True]), 224)
+    assert found.tolist() == [[[28, 56, 140, 224], [0, 0, 224, 224]],
+                              [[84, 56, 196, 224], [0, 0, 224, 224]]]
+
+
+def test_chosen_boxes_by_hand():
+    crop = torch.tensor([10., 20, 110, 70])  # shown as 200 x 200: 2 and 4 times as large
+    boxes = torch.tensor([[0., 0, 50, 50], [20, 30, 60, 60], [108, 30, 200, 60], [20, 66, 60, 90],
+                          [20, 68.1, 60, 90], [106, 20, 110, 22], [0, 0, 10, 70]])
+    usable = {(10, 20, 50, 50), (20, 30, 60, 60), (20, 66, 60, 70), (106, 20, 110, 22)}
+    torch.manual_seed(0)
+    seen = []
+    for _ in range(60):
+        places, none = soco.choose(boxes, crop, 200, 3)
+        assert places.shape == (3, 4) and not none and len({*map(tuple, places.tolist())}) == 3
+        seen += map(tuple, places.tolist())
+    assert {*seen} == usable and min(seen.count(box) for box in usable) > 30
+    places, none = soco.choose(boxes, crop, 200, 6)
+    assert {*map(tuple, places.tolist())} == usable and places.shape == (6, 4) and not none
+    for nothing in (boxes[2:3], torch.zeros(0, 4)):
+        places, none = soco.choose(nothing, crop, 200, 2)
+        assert places.tolist() == [crop.tolist()] * 2 and none
+
+
+def test_random_boxes_pass_the_filter_and_fill_it():
+    torch.manual_seed(0)
+    for width, height in ((200, 150), (60, 240)):
+        boxes = soco.random_boxes(width, height, 2000)
+        kept = selective_search.keep_object_like(boxes.double().numpy(), width, height)
+        assert len(kept) >= 0.999 * len(boxes) > 400  # float32 at the filter's border
+        assert (boxes[:, :2] >= 0).all() and (boxes[:, 2:] <= torch.tensor([width, height])).all()
+        w, h = (boxes[:, 2:] - boxes[:, :2]).unbind(1)
+        assert (w / h).min() < 0.36 and (w * h).sqrt().max() > 0.75 * (width * height) ** 0.5
+        assert boxes[:, 0].min() < 2 and boxes[:, 2].max() > width - 2
+
+
+def test_jitter_moves_half_of_the_boxes_by_a_tenth_of_their_sides():
+    torch.manual_seed(0)
+    boxes = torch.tensor([60., 80, 100, 160]).expand(500, 4, 4)  # 40 x 80
+    found = soco.jitter_boxes(boxes, 224)
+    moved = (found != boxes).any(-1)
+    assert abs(moved.float().mean() - 0.5) < 0.04
+    shift = (found[moved] - torch.tensor([60., 80, 100, 160]))  # (n, 4)
+    r = torch.stack([shift[:, 0] / 40, shift[:, 1] / 80, (shift[:, 2] - shift[:, 0]) / 40,
+                     (shift[:, 3] - shift[:, 1]) / 80], dim=1)
+    assert r.abs().max() < 0.1001 and (r.amax(0) > 0.095).all() and (r.amin(0) < -0.095).all()
+    assert (torch.corrcoef(r.T) - torch.eye(4)).abs().max() < 0.12  # each is drawn for itself
+    assert soco.jitter_boxes(torch.tensor([[0., 0, 224, 224]]).expand(99, 4), 224).max() == 224
+    assert torch.equal(soco.jitter_boxes(boxes, 224, strength=0), boxes)
+    everywhere = soco.jitter_boxes(boxes, 224, 0.3, p=1)
+    assert (everywhere != boxes).any(-1).all()
+
+
+# -------------------------------------------------------------------------- optimizer and schedule
+
+
+def test_lars_by_hand():
+    w, b = torch.nn.Parameter(torch.tensor([[3., 4]])), torch.nn.Parameter(torch.tensor([2.]))
+    zero = torch.nn.Parameter(torch.zeros(1, 2))
+    optimizer = soco.LARS([w, b, zero], lr=10.0, momentum=0.9, weight_decay=0.1, trust=0.001)
+    for p, gradient in ((w, [[0., 2]]), (b, [0.5]), (zero, [[1., 0]])):
+        p.grad = torch.tensor(gradient)
+    optimizer.step()
+    # |w| 5, |g| 2: rate 0.001 * 5 / (2 + 0.5) = 0.002; (g + 0.1 w) rate = (0.0006, 0.0048)
+    torch.testing.assert_close(w.data, torch.tensor([[3 - 0.006, 4 - 0.048]]))
+    assert b.item() == pytest.approx(2 - 10 * 0.5) and zero.tolist() == [[-10, 0]]
+    w.grad, b.grad, zero.grad = torch.zeros(1, 2), torch.tensor([1.0]), None
+    optimizer.step()  # without a gradient the plain step, of the decay; and 0.9 of the last one
+    expected = torch.tensor([[3 - 0.006, 4 - 0.048]])
+    expected = expected - 10 * (0.9 * torch.tensor([[0.0006, 0.0048]]) + 0.1 * expected)
+    torch.testing.assert_close(w.data, expected)
+    assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1))
+    again = soco.LARS([w, b, zero], lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([1.45]))
+
+
+def test_schedules():
+    found = [soco.schedule(step, 100, 10, 0.99) for step in range(100)]
+    factors, momenta = zip(*found)
+    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
+    assert momenta[0] == pytest.approx(0.99) and momenta[50] == pytest.approx(0.995)
+    assert 0.99999 < momenta[99] < 1 and [*momenta] == sorted(momenta)
+    assert soco.schedule(0, 1, 0, 0.5) == (1, 0.5) and soco.schedule(3, 4, 9, 0.5)[0] == 4 / 9
+
+
+# ---------------------------------------------------------------------- two processes, one process
+
+
+def half(number, path):
+    """Process ``number`` of two: half of the batch."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=number, world_size=2)
+    state, views, boxes = torch.load(path / "in.pt", weights_only=True)
+    model = soco.SoCo(**SMALL)
+    model.load_state_dict(state)
+    ddp = DistributedDataParallel(model.eval(), broadcast_buffers=False)
+    mine = slice(4 * number, 4 * number + 4)
+    loss, _ = ddp([v[mine] for v in views], [b[mine] for b in boxes])
+    loss.backward()
+    loss = common.all_gather(loss.detach()[None]).mean()
+    if number == 0:
+        torch.save([loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}],
+                   path / "out.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_equal_one(tmp_path):
+    model, (views, boxes) = settled(soco.SoCo(**SMALL)), batch(8)
+    torch.save([model.state_dict(), views, boxes], tmp_path / "in.pt")
+    start_processes(half, (tmp_path,), 2)
+    loss, gradients = torch.load(tmp_path / "out.pt", weights_only=True)
+    expected, _ = model(views, boxes)
+    expected.backward()
+    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            assert (gradients[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-7, name
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --small-size 32 --workers 0 "
+        "--log-every 1 --fpn-channels 8 --hidden 24 --dim 16").split()
+
+
+def test_sizes_of_the_recipe():
+    with torch.device("meta"):
+        model = soco.SoCo()
+
+    def count(module):
+        return sum(p.numel() for p in module.parameters())
+
+    online = model.online
+    assert count(online.backbone.body) == 23_508_032
+    assert count(online.head) == 4 * (256 * 256 * 9 + 2 * 256) + (256 * 49 + 1) * 1024
+    assert count(online.projector) == 1025 * 4096 + 2 * 4096 + 4097 * 256
+    assert count(model.predictor) == 257 * 4096 + 2 * 4096 + 4097 * 256
+    assert count(model.target) == count(online)
+
+
+def test_defaults_are_the_recipe_unless_scenes_are_used():
+    args = vars(soco.parse_args(["--data", "somewhere"]))
+    recipe = dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5, warmup=10,
+                  image_size=224, small_size=112, view4=None, crop_scale=0.5, boxes_per_image=4,
+                  jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096, dim=256,
+                  momentum=0.99, proposals="auto")
+    assert {k: args[k] for k in recipe} == recipe
+    assert soco.parse_args(["--data", "x", "--view4"]).view4 == 192
+    assert soco.parse_args([]).arch == "resnet18" and soco.parse_args([]).image_size < 100
+
+
+def test_a_run_written_out(tmp_path, monkeypatch):
+    """Proposals, the views' colours, boxes, jitter, updates: two steps of a run, and its log."""
+    torch.set_num_threads(1)
+    words = [*TINY, "--epochs", "1", "--warmup", "1", "--lr", "2", "--view4", "32"]
+    soco.main([*words, "--out", str(tmp_path)])
+    args = soco.parse_args(words)
+    scenes = Scenes(40, size=96, seed=0)
+    found = selective_search.read_proposals(tmp_path / "proposals.npz")
+    torch.manual_seed(0)
+    model = soco.SoCo(**SMALL)
+    optimizer = soco.LARS([p for p in model.parameters() if p.requires_grad], 0.0,
+                          weight_decay=1e-5)
+    losses, whole = [], []
+    for step in range(2):
+        order = common.np.random.default_rng([0, 0]).permutation(40)[16 * step:16 * step + 16]
+        drawn = []
+        for i in order.tolist():
+            torch.manual_seed(common.seed_for(0, 0, i))
+            boxes = selective_search.propose(scenes[i], "single", 224)
+            assert (boxes == found["boxes"][slice(*found["offsets"][i:i + 2])]).all()
+            drawn.append(soco.make_views((scenes[i], torch.from_numpy(boxes).float()), args))
+        views, places, none = default_collate(drawn)
+        torch.manual_seed(common.seed_for(0, step, 0))
+        pixels, boxes = [], []
+        for i, view in enumerate(views):
+            box = soco.into_view(places, view.box, view.flipped, 32)
+            boxes.append(soco.jitter_boxes(box, 32) if i == 0 else box)
+            pixels.append(common.photometric(
+                view.pixels, jitter=(0.4, 0.4, 0.2, 0.1), p_blur=1.0 if i == 0 else 0.1,
+                p_solarize=0.0 if i == 0 else 0.2))
+        optimizer.param_groups[0]["lr"] = 2 * 16 / 256 * (step + 1) / 2
+        loss, _ = model(pixels, boxes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        m = 1 - 0.01 * (math.cos(math.pi * step / 2) + 1) / 2
+        with torch.no_grad():
+            for a, b in zip(model.online.parameters(), model.target.parameters()):
+                b.copy_(m * b + (1 - m) * a)
+        losses.append(loss.item())
+        whole.append(none.float().mean().item())
+    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-4)
+    assert [float(x) for x in column(tmp_path, "momentum")] == pytest.approx([0.99, 0.995])
+    assert [float(x) for x in column(tmp_path, "whole_view")] == pytest.approx(whole)
+    state = common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(state[name], value, atol=1e-3, rtol=1e-3)
+    monkeypatch.setattr(selective_search, "propose", None)  # the boxes are kept
+    soco.main([*words, "--out", str(tmp_path), "--fresh"])
+    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-4)
+
+
+def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
+    """detector.pt under the names of torchvision's Faster R-CNN: the same box, the same h."""
+    soco.main([*TINY, "--epochs", "1", "--proposals", "random", "--out", str(tmp_path)])
+    state = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    assert state["method"] == "soco"
+    model = soco.SoCo(**SMALL)
+    model.load_state_dict(state["model"])
+    capsys.readouterr()
+    detector = finetune_fasterrcnn.build_detector("resnet18", 3, "fpn", fpn_channels=8,
+                                                  weights=tmp_path / "detector.pt")
+    assert capsys.readouterr().out.count("tensors loaded from") == 3
+    torch.manual_seed(0)
+    image, box = torch.randn(1, 3, 64, 64), torch.tensor([[4., 6, 40, 38]])  # in P2 for both
+    online = model.online.eval()
+    h = []
+    for backbone, pool, head in ((online.backbone, online.pool, online.head),
+                                 (detector.eval().backbone, detector.roi_heads.box_roi_pool,
+                                  detector.roi_heads.box_head)):
+        h.append(head(pool(backbone(image), [box], [(64, 64)])))
+    torch.testing.assert_close(*h)
+    assert h[0].std() > 1e-3
+    backbone = common.load_checkpoint(tmp_path / "backbone.pt")
+    body = detector.backbone.body.state_dict()
+    assert {*backbone} == {*body} and all(torch.equal(backbone[k], body[k]) for k in body)
+
+
+def test_images_without_proposals_use_the_whole_view(tmp_path):
+    """A file of proposals for a larger folder, in which half of the images have none."""
+    make_photos(tmp_path / "data", 16)
+    images = common.ImageFiles(tmp_path / "data")
+    names = [n for name in images.names for n in (name, f"x/{name}")]
+    counts = [3 * (i % 4 == 0) for i in range(32)]  # of every second image of the folder
+    boxes = common.np.int16([[10, 10, 50, 40]] * sum(counts))
+    common.np.savez(tmp_path / "p.npz", names=names, settings="by hand", boxes=boxes,
+                    offsets=common.np.cumsum([0, *counts]))
+    words = [*TINY, "--data", str(tmp_path / "data"), "--arch", "resnet18", "--warmup", "0",
+             "--epochs", "1", "--proposals", str(tmp_path / "p.npz")]
+    soco.main([*words, "--out", str(tmp_path / "run")])
+    assert column(tmp_path / "run", "whole_view") == ["0.5"]
+    data = soco.Proposed(images, selective_search.read_proposals(tmp_path / "p.npz"))
+    assert [len(data[i][1]) for i in range(16)] == [3, 0] * 8 and len(data) == 16
+    assert data[0][1].tolist() == [[10, 10, 50, 40]] * 3
+    (tmp_path / "data" / "0001.jpg").write_bytes(b"")
+    assert len(data[1][1]) == 3  # 0002.jpg stands in, with its own boxes
+    (tmp_path / "data" / "new.jpg").write_bytes((tmp_path / "data" / "0000.jpg").read_bytes())
+    with pytest.raises(SystemExit, match="error: no proposals for 1 of 17 images, such as new.jpg"):
+        soco.main([*words, "--out", str(tmp_path / "other")])
+
+
+def test_arguments_that_cannot_be(tmp_path):
+    for flags, message in (("--boxes-per-image 0", "--boxes-per-image 0 is not"),
+                           ("--jitter 0.5", "--jitter 0.5 is not"),
+                           ("--proposals nowhere.npz", "no such file: nowhere.npz"),
+                           ("--view4 8", "--view4 8 is not"),
+                           ("--batch-size 41", "batch size 41 is more than all 40")):
+        with pytest.raises(SystemExit, match="error: ") as error:
+            soco.main([*TINY, *flags.split(), "--out", str(tmp_path)])
+        assert message in str(error.value)
+
+
+def test_loading_does_not_depend_on_workers():
+    data = soco.Proposed(Scenes(16, size=48, seed=0), None)
+    args = soco.parse_args("--image-size 32 --small-size 32".split())
+    found = [[*common.load_batches(data, partial(soco.make_views, args=args), 8, range(1, 2), 0,
+                                   workers)][0] for workers in (0, 2)]
+    for a, b in zip(*found):
+        for x, y in zip(a if isinstance(a, list) else [[a]], b if isinstance(b, list) else [[b]]):
+            assert all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p, q in zip(x, y))
+
