@@ -77,7 +77,7 @@ class ImageFiles(Dataset):
     def __init__(self, root):
         if not os.path.isdir(root):
             raise InputError(f"no such folder: {root}")
-        self.root, self.paths, seen = root, [], set()
+        self.root, self.paths, seen = os.fspath(root), [], set()
         for folder, below, files in os.walk(root, followlinks=True):
             seen.add(os.path.realpath(folder))
             below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
@@ -100,8 +100,8 @@ class ImageFiles(Dataset):
 
     @property
     def names(self):
-        """The images' paths below the folder, with slashes."""
-        return [Path(os.path.relpath(path, self.root)).as_posix() for path in self.paths]
+        """The images' paths below the folder."""
+        return [path[len(self.root):].lstrip("/") for path in self.paths]
 
 
 def unlabelled(data, scenes):
@@ -514,6 +514,9 @@ def launch(train, args):
         if int(os.environ.get("LOCAL_RANK", 0)):  # what all know the first one says; torchrun then
             time.sleep(3)  # ends the others, and one that lives on has something of its own to say
         sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
+    except KeyboardInterrupt:  # before there is a Run, which saves first
+        print("stopped; the same command goes on", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -318,6 +318,7 @@ def search(images, out, strategy, size, workers):
     Raises InputError: ``out`` is of other images or settings.
     """
     names, settings, found = images.names, f"{strategy} {size}", []
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
     if os.path.exists(out):
         old = read_proposals(out, whole=False)
         if [str(old["settings"]), *old["names"]] != [settings, *names]:
@@ -331,7 +332,7 @@ def search(images, out, strategy, size, workers):
                      boxes=np.concatenate([np.zeros((0, 4), np.int16), *found]))
         os.replace(f"{out}.tmp", out)
 
-    first, began = len(found), time.monotonic()
+    first, began, terminal = len(found), time.monotonic(), sys.stdout.isatty()
     said = saved = began
     loader = DataLoader(Search(images, strategy, size), batch_size=None, num_workers=workers,
                         sampler=range(first, len(names)), collate_fn=np.asarray,
@@ -340,15 +341,17 @@ def search(images, out, strategy, size, workers):
         for boxes in loader:
             found.append(boxes)
             now, done = time.monotonic(), len(found)
-            if now - said > 5 or done == len(names):
+            if now - said > (1 if terminal else 20) or done == len(names):
                 said, speed = now, (done - first) / (now - began)
-                print(f"selective search: {done}/{len(names)} images  {speed:.1f} images/s  "
-                      f"{(len(names) - done) / speed / 60:.1f} min left", flush=True)
+                print("\r\033[K" * terminal + f"selective search: {done}/{len(names)} images  "
+                      f"{speed:.1f} images/s  {(len(names) - done) / speed / 60:.1f} min left",
+                      end="" if terminal and done < len(names) else "\n", flush=True)
             if now - saved > 60:
                 save()
                 saved = time.monotonic()
     finally:  # also after Ctrl-C
-        save()
+        if len(found) > first:
+            save()
     broken = int(getattr(images, "broken", torch.zeros(1)).sum())
     print(f"{out}: {len(names)} images, {sum(map(len, found)) / len(names):.1f} boxes each"
           + f"; {broken} cannot be decoded" * (broken > 0), flush=True)
@@ -426,11 +429,7 @@ def run(args, _device=None):
 
 def main(argv=None):
     """The command."""
-    args = parse_args(argv)
-    try:
-        launch(run, args)
-    except KeyboardInterrupt:
-        sys.exit(f"stopped; the same command goes on with what {args.out} holds")
+    launch(run, parse_args(argv))
 
 
 if __name__ == "__main__":

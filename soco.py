@@ -9,8 +9,8 @@ of itself, the target network, says of another view.
 Read first: moco_v2.py, for the momentum update and the loop.  New here: boxes instead of images,
 the detector's own parts in pre-training, a predictor in place of negatives, LARS.
 
-Symbols (of the talk)
-    paper           code              shape
+Symbols
+    talk            code              shape
     V1, V2, V3      views             3 x (B, 3, H, H)   the image; a crop of it; that made smaller
     b               boxes             3 x (B, P, 4)      the same places, in each view's pixels
     f^I, f^H        backbone, head                       ResNet and FPN; 4 convolutions, 1 linear
@@ -58,6 +58,7 @@ Where this differs from the talk, or it is silent (then: the authors' public con
 import argparse
 import copy
 import math
+import os
 import time
 from functools import partial
 from pathlib import Path
@@ -107,8 +108,8 @@ def parse_args(argv=None):
     add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/soco")
     if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=96, small_size=48, epochs=5, batch_size=64,
-                            lr=8.0, warmup=1, fpn_channels=64, hidden=512, dim=128)
+        parser.set_defaults(arch="resnet18", image_size=64, small_size=32, epochs=3, batch_size=64,
+                            lr=32.0, warmup=1, fpn_channels=64, hidden=512, dim=128)
     return parser.parse_args(argv)
 
 
@@ -163,8 +164,9 @@ def find_proposals(args, images):
     path = Path(args.out) / "proposals.npz"
     path.parent.mkdir(parents=True, exist_ok=True)
     if rank() == 0:
-        search(images, path, "single", 224, args.workers * world_size())
-    while True:  # hours may go by: longer than processes wait for each other
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        search(images, path, "single", 224, args.workers * here)
+    while True:  # hours may go by, more than a collective waits
         try:
             return read_proposals(path)
         except InputError:
@@ -345,6 +347,7 @@ def train(args, device):
     model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim).to(device)
     if device.type == "cuda":
         model = model.to(memory_format=torch.channels_last)
+    if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch

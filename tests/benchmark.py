@@ -3,6 +3,7 @@
     python tests/benchmark.py load [--data DIR]      one core's way from a file to two views
     python tests/benchmark.py step [--arch resnet18 --batch-size 16]      a training step
     python tests/benchmark.py loss [--queries 50176]                      InfoNCE in chunks
+    python tests/benchmark.py levels [--arch resnet18 --batch-size 16]    SoCo's one level a box
 
 load compares, on the same 500 x 375 JPEGs and in turn, the two ways to two 224-pixel views of an
 image: the usual chain, all of it in the loading process (PIL crop, jitter, gray, blur, flip,
@@ -10,6 +11,8 @@ tensor), and this project's share of a loading process (decode, two crops; colou
 work).  step takes the papers' recipes, each method in processes of its own, in turn, on a GPU where
 there is one: colours, forward, backward, updates, without the loading.  Its arithmetic is what
 torch counts of one step: convolutions and matrix products.  loss is DUPR's patch loss at its size.
+levels is SoCo's step, each box through the head from the one level of its size, against one in which
+the head runs on all four levels for every box and three results are masked away.
 """
 import argparse
 import resource
@@ -27,11 +30,13 @@ from PIL import Image, ImageFilter
 from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
+from torchvision.ops import roi_align
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import detco  # noqa: E402
 import dupr  # noqa: E402
 import moco_v2  # noqa: E402
+import soco  # noqa: E402
 from common import (ImageFiles, info_nce, momentum_update, photometric,  # noqa: E402
                     random_resized_crop, read_image)
 
@@ -97,6 +102,8 @@ def load(args):
 
 def make_step(method, args, device):
     """A step of moco_v2, detco or dupr on random images, with the paper's recipe but for args."""
+    if method.startswith("soco"):
+        return make_soco_step(method, args, device)
     module = dict(moco_v2=moco_v2, detco=detco, dupr=dupr)[method]
     recipe = module.parse_args(["--data", "none", "--arch", args.arch])
     image = torch.randint(256, (3, SIZE[1], SIZE[0]), dtype=torch.uint8)
@@ -141,6 +148,46 @@ def make_step(method, args, device):
     return step
 
 
+class FourLevels(soco.Network):
+    """The head on all levels for every box, and a mask that keeps the one of its size."""
+
+    def forward(self, images, boxes):
+        pyramid, boxes = self.backbone(images), list(boxes)
+        levels, total = self.pool.map_levels(boxes), 0
+        for i, scale in enumerate(self.pool.scales):
+            regions = roi_align(pyramid[str(i)], boxes, 7, scale, sampling_ratio=0)
+            total = total + (levels == i).unsqueeze(1) * self.head(regions)
+        return self.projector(total)
+
+
+def make_soco_step(method, args, device):
+    """A step of soco, or, as soco_four_levels, of the same with the head on every level."""
+    recipe = soco.parse_args(["--data", "none", "--arch", args.arch])
+    if method == "soco_four_levels":
+        soco.Network = FourLevels
+    model = soco.SoCo(recipe.arch).to(device)
+    if device == "cuda":
+        model = model.to(memory_format=torch.channels_last)
+    image = torch.randint(256, (3, SIZE[1], SIZE[0]), dtype=torch.uint8)
+    views, places, _ = default_collate([
+        soco.make_views((image, soco.random_boxes(*SIZE)), recipe) for _ in range(args.batch_size)])
+    optimizer = soco.LARS([p for p in model.parameters() if p.requires_grad], 0.1)
+
+    def step():
+        boxes = [soco.into_view(places, view.box, view.flipped, view.pixels.shape[-1]).to(device)
+                 for view in views]
+        pixels = [photometric(view.pixels.to(device), p_blur=recipe.p_blur[i > 0],
+                              p_solarize=0.2 * (i > 0)) for i, view in enumerate(views)]
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss, _ = model(pixels, boxes)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        momentum_update(model.online, model.target, 0.99)
+        return loss.item()
+    return step
+
+
 def peak():
     """GiB that this process has had at its most: of the GPU where there is one."""
     if torch.cuda.is_available():
@@ -167,15 +214,14 @@ def alone(function, *args):
         return pool.submit(function, *args).result()
 
 
-def step(args):
-    methods = ("moco_v2", "detco", "dupr")
+def step(args, methods=("moco_v2", "detco", "dupr", "soco")):
     rounds = np.array([[alone(time_step, method, args) for method in methods]
                        for _ in range(args.rounds)])  # (rounds, methods, 3)
     times, memory, arithmetic = rounds[:, :, 0], rounds[:, :, 1].max(0), rounds[0, :, 2]
     print(f"{args.arch}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps")
     for i, method in enumerate(methods):
         ratios = times[:, i] / times[:, 0]
-        print(f"{method:8} {args.batch_size / np.median(times[:, i]):7.1f} images/s  "
+        print(f"{method:16} {args.batch_size / np.median(times[:, i]):7.1f} images/s  "
               f"time x {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  "
               f"arithmetic {arithmetic[i]:.3f} TFLOP, x {arithmetic[i] / arithmetic[0]:.2f}  "
               f"peak {memory[i]:.1f} GiB")
@@ -205,9 +251,13 @@ def loss(args):
               f"{memory:.2f} GiB")
 
 
+def levels(args):
+    step(args, ("soco", "soco_four_levels"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("load", "step", "loss"))
+    parser.add_argument("what", choices=("load", "step", "loss", "levels"))
     parser.add_argument("--data", help="load: folder of photos to use instead of smooth noise")
     parser.add_argument("--images", type=int, default=64, help="load: JPEGs")
     parser.add_argument("--rounds", type=int, default=5)
@@ -216,7 +266,7 @@ def main():
     parser.add_argument("--steps", type=int, default=5, help="step: how many a round, after two")
     parser.add_argument("--queries", type=int, default=256 * 14 * 14, help="loss: N")
     args = parser.parse_args()
-    dict(load=load, step=step, loss=loss)[args.what](args)
+    dict(load=load, step=step, loss=loss, levels=levels)[args.what](args)
 
 
 if __name__ == "__main__":

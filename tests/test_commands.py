@@ -8,7 +8,7 @@ import torch.distributed.run
 from conftest import ROOT
 
 SCRIPTS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem != "common")
-METHODS = [s for s in SCRIPTS if "def forward" in (ROOT / f"{s}.py").read_text()]
+METHODS = [s for s in SCRIPTS if "\nEquations" in importlib.import_module(s).__doc__]
 
 
 def commands():
@@ -31,6 +31,7 @@ FOUND = list(commands())
 def test_there_are_commands():
     assert len([name for name, *_ in FOUND if name == "README.md"]) >= 6
     assert {script for _, script, _ in FOUND} >= {"moco_v2", "finetune_fasterrcnn", "scenes"}
+    assert {*METHODS} >= {"moco_v2", "detco", "dupr", "soco", "selective_search"}
 
 
 @pytest.mark.parametrize("name, script, words", FOUND)
@@ -54,7 +55,7 @@ def test_torchrun_takes_no_flag_for_its_own(name):
     theirs = torch.distributed.run.get_args_parser()._option_string_actions
     text = (ROOT / f"{name}.py").read_text() + (ROOT / "common.py").read_text()
     ours = set(re.findall(r'"(--[\w-]+)"', text))
-    assert "--out" in ours and "--batch-size" in ours
+    assert "--out" in ours and "--data" in ours
     assert not [(a, b) for a in ours for b in theirs if b.startswith(a) and a != b]
 
 
@@ -62,12 +63,18 @@ def test_torchrun_takes_no_flag_for_its_own(name):
 def test_equations_name_what_exists(name):
     module = importlib.import_module(name)
     table = module.__doc__.split("Equations")[1].split("Commands")[0]
-    names = re.findall(r"\b(?:common|[A-Z]\w+)\.\w+\b", table)
-    assert len(names) >= 3
-    for path in names:
-        owner, attribute = path.split(".")
-        owner = importlib.import_module("common") if owner == "common" else getattr(module, owner)
-        assert callable(getattr(owner, attribute)), path
+    rows = [re.split(r"\s{2,}", row.strip())[-1] for row in table.rstrip().splitlines()[1:]]
+    named = [re.findall(r"\b(?:(?:common|selective_search|[A-Z]\w+)\.)?[a-z]\w+\b", row)
+             for row in rows]
+    assert len(rows) >= 3
+    for row, names in zip(rows, named):
+        found = []
+        for owner, _, attribute in (name.rpartition(".") for name in names):
+            place = importlib.import_module(owner) if owner in SCRIPTS + ["common"] else (
+                getattr(module, owner) if owner else module)
+            if owner or hasattr(place, attribute):
+                found.append(callable(getattr(place, attribute)))
+        assert found and all(found), row
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -85,5 +92,5 @@ def test_method_files_stand_alone(name):
     """A copy of the file needs common.py, and the built-in scenes only when they are asked for."""
     text = (ROOT / f"{name}.py").read_text()
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) & {*SCRIPTS, "common"}
-    assert imported <= {"common", "scenes"}
+    assert imported <= {"common", "scenes"} | ({"selective_search"} if name == "soco" else set())
     assert not re.search(r"^(from|import) scenes", text, re.M)

@@ -407,12 +407,21 @@ def test_bad_input(tmp_path, photos):
             ss.read_proposals(tmp_path / name)
 
 
-def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch):
+def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch, capsys):
+    calls = []
+
     def interrupted(*_):
-        signal.raise_signal(signal.SIGINT)
+        calls.append(1)
+        if len(calls) > 4:
+            signal.raise_signal(signal.SIGINT)
+        return np.int16([[0, 0, 1, 1]])
     monkeypatch.setattr(ss, "propose", interrupted)
-    with pytest.raises(SystemExit, match="stopped; the same command goes on"):
+    with pytest.raises(SystemExit) as stopped:
         ss.main(["--data", str(photos), "--out", str(tmp_path / "p.npz"), "--workers", "0"])
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    with pytest.raises(InputError, match="holds 4 of 120 images"):
+        ss.read_proposals(tmp_path / "p.npz")
 
 
 def test_recall_by_hand(tmp_path, capsys, monkeypatch):
