@@ -23,7 +23,7 @@ Equations
     (2)        histograms of a joined region               join
     Algorithm 1                                            group
     3.2        diversification: colours, rules, k          selective_search
-    FH: (4), (5), Algorithm 1                              segment
+    FH: (4), (5), Algorithm 1                              union, segment
 
 Commands
     python selective_search.py --data DIR --out proposals.npz          all images below a folder
@@ -107,7 +107,7 @@ def smooth(x, sigma):
 
 
 def grid_edges(x):
-    """The edges of the 8-connected grid over (H, W, C): ends a, b (E,), as numbers of pixels, and
+    """The edges of the 8-connected grid over (H, W, C) float32: ends a, b (E,), as numbers of pixels, and
     weight (E,), the distance of their values; the smallest first, equal ones as they stand here:
     by direction, then by row and column."""
     height, width, _ = x.shape
@@ -118,52 +118,53 @@ def grid_edges(x):
         ends.append([number[here].ravel(), number[there].ravel()])
         weights.append(np.linalg.norm(x[here] - x[there], axis=2).ravel())
     (a, b), weight = np.concatenate(ends, axis=1), np.concatenate(weights)
-    order = np.argsort(weight, kind="stable")
+    # the bits of floats >= 0 sort as they do; below them the edge's number, for equal ones
+    order = np.sort(weight.view(np.int32).astype(np.int64) << 32 | np.arange(len(a))) & 0xFFFFFFFF
     return a[order], b[order], weight[order]
+
+
+def union(a, b, weight, size, limit, k, min_size):
+    """Take the edges in their order, and join the components at their ends where both have a limit
+    (FH (4), (5)) of its weight at least, or where one is under ``min_size``.
+
+    size, limit: (n,), of components 0..n-1.  Returns the new component (n,) of each old one,
+    numbered from 0, and the sizes and limits of the new ones.
+    """
+    parent, size, limit = list(range(len(size))), size.tolist(), limit.tolist()
+    for i, j, w in zip(a.tolist(), b.tolist(), weight.tolist()):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        while parent[j] != j:
+            parent[j] = j = parent[parent[j]]
+        if i != j and (w <= limit[i] and w <= limit[j] or size[i] < min_size or size[j] < min_size):
+            parent[j] = i
+            size[i] += size[j]
+            limit[i] = w + k / size[i]
+    root = np.array(parent)
+    while (root != root[root]).any():
+        root = root[root]
+    alive = root == np.arange(len(root))
+    return (alive.cumsum() - 1)[root], np.array(size)[alive], np.array(limit)[alive]
 
 
 def segment(a, b, weight, pixels, k, min_size):
     """FH, Algorithm 1, over sorted edges: the component (pixels,) of each pixel, from 0.
 
-    Two components are joined by an edge that is no heavier than either's limit (FH (4), (5)); at
-    the end, those under ``min_size`` pixels by their lightest edges.
+    It has an end where every edge left is heavier than a limit at one of its ends; then components
+    under ``min_size`` pixels are joined by their lightest edges.
     """
-    parent, size, limit = list(range(pixels)), [1] * pixels, [float(k)] * pixels
-
-    def roots():
-        up = np.array(parent)
-        while (up != up[up]).any():
-            up = up[up]
-        return up
-
-    def join(a, b, weight, k, min_size):  # the union-find, written out: calls would cost a third
-        for i, j, w in zip(a.tolist(), b.tolist(), weight.tolist()):
-            while parent[i] != i:
-                parent[i] = i = parent[parent[i]]
-            while parent[j] != j:
-                parent[j] = j = parent[parent[j]]
-            if i != j and (w <= limit[i] and w <= limit[j] or size[i] < min_size
-                           or size[j] < min_size):
-                parent[j] = i
-                size[i] += size[j]
-                limit[i] = w + k / size[i]
-
+    label, size, limit = np.arange(pixels), np.ones(pixels, int), np.full(pixels, float(k))
     ends = a, b
-    while len(a):
-        join(a[:pixels], b[:pixels], weight[:pixels], k, 0)
-        root = roots()
-        parent[:] = root.tolist()
-        a, b, weight = root[a[pixels:]], root[b[pixels:]], weight[pixels:]
-        # what is left is heavier: a component whose limit it exceeds never changes again
-        final = np.array(limit) < (weight[0] if len(a) else 0)
-        open_ = (a != b) & ~final[a] & ~final[b]
-        a, b, weight = a[open_], b[open_], weight[open_]
-    root, sizes = roots(), np.array(size)
-    a, b = root[ends[0]], root[ends[1]]
-    small = (a != b) & (np.minimum(sizes[a], sizes[b]) < min_size)
-    limit[:] = [-1.0] * pixels  # only size counts now
-    join(a[small], b[small], np.zeros(small.sum()), -1.0, min_size)
-    return np.unique(roots(), return_inverse=True)[1]
+    while len(a):  # in parts: between them, what can join nothing any more is sorted out at once
+        new, size, limit = union(a[:pixels], b[:pixels], weight[:pixels], size, limit, k, 0)
+        label, a, b, weight = new[label], new[a[pixels:]], new[b[pixels:]], weight[pixels:]
+        final = limit < weight.min(initial=np.inf)  # heavier edges alone are to come
+        left = np.flatnonzero((a != b) & ~final[a] & ~final[b])
+        a, b, weight = a[left], b[left], weight[left]
+    a, b = label[ends[0]], label[ends[1]]
+    left = np.flatnonzero((a != b) & (np.minimum(size[a], size[b]) < min_size))
+    none = np.full(len(size), -1.0)  # no weight is under this limit
+    return union(a[left], b[left], np.zeros(len(left)), size, none, -1.0, min_size)[0][label]
 
 
 # ---------------------------------------------------------------------------------------- grouping
@@ -388,9 +389,9 @@ def recall(images, number, strategy, size):
                 x1, y1, x2, y2 = (float(thing.findtext(f"bndbox/{side}"))
                                   for side in ("xmin", "ymin", "xmax", "ymax"))
                 truths.append([x1 - 1, y1 - 1, x2, y2])
-        start = time.perf_counter()
+        start = time.process_time()
         found = propose(image, strategy, size)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         boxes.append(len(found))
         truths = keep_object_like(np.reshape(truths, (-1, 4)), *image.shape[:0:-1])
         iou = box_iou(torch.from_numpy(truths), torch.from_numpy(found.astype(np.float64)))
@@ -398,7 +399,7 @@ def recall(images, number, strategy, size):
     print(f"{strategy}: {len(boxes)} images, long side {size} at most, {len(best)} objects that "
           f"pass SoCo's filter: mean best overlap {np.mean(best):.3f}, recall at IoU 0.5 "
           f"{np.mean(np.array(best) >= 0.5):.3f}; {np.mean(boxes):.1f} boxes, "
-          f"{np.mean(seconds):.3f} s an image", flush=True)
+          f"{np.mean(seconds):.3f} s of a core an image", flush=True)
 
 
 def draw(images, proposals, number, path):

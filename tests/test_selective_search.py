@@ -1,5 +1,4 @@
 import colorsys
-import signal
 
 import numpy as np
 import pytest
@@ -413,7 +412,7 @@ def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch, capsys):
     def interrupted(*_):
         calls.append(1)
         if len(calls) > 4:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return np.int16([[0, 0, 1, 1]])
     monkeypatch.setattr(ss, "propose", interrupted)
     with pytest.raises(SystemExit) as stopped:
