@@ -107,9 +107,9 @@ def smooth(x, sigma):
 
 
 def grid_edges(x):
-    """The edges of the 8-connected grid over (H, W, C) float32: ends a, b (E,), as numbers of pixels, and
-    weight (E,), the distance of their values; the smallest first, equal ones as they stand here:
-    by direction, then by row and column."""
+    """The edges of the 8-connected grid over (H, W, C) float32: ends a, b (E,), numbers of pixels,
+    and weight (E,), the distance of their values; the smallest first, equal ones as they stand
+    here: by direction, then by row and column."""
     height, width, _ = x.shape
     number, ends, weights = np.arange(height * width).reshape(height, width), [], []
     for dy, dx in (0, 1), (1, 0), (1, 1), (1, -1):
@@ -171,7 +171,7 @@ def segment(a, b, weight, pixels, k, min_size):
 
 
 class Regions(NamedTuple):
-    """What the similarities need of n regions; a region that was joined to another keeps its row."""
+    """What the similarities need of n regions; one that was joined to another keeps its row."""
 
     colour: np.ndarray  # (n, 75), rows sum to 1
     texture: np.ndarray  # (n, 240), rows sum to 1
@@ -403,7 +403,7 @@ def recall(images, number, strategy, size):
 
 
 def draw(images, proposals, number, path):
-    """A picture of ``number`` images with up to 30 of their boxes, evenly chosen, large to small."""
+    """A picture of ``number`` images with up to 30 of their boxes, chosen evenly by size."""
     figure = Figure((3.2 * number, 3), layout="constrained")
     shown = np.linspace(0, len(images) - 1, number).astype(int)
     for axes, i in zip(figure.subplots(1, number, squeeze=False)[0], shown):

@@ -96,7 +96,7 @@ def parse_args(argv=None):
     add("--warmup", type=int, default=10, help="epochs of linear growth of the lr")
     add("--image-size", type=int, default=224, help="side of V1 and V2 in pixels")
     add("--small-size", type=int, default=112, help="side of V3 (Table 5 a)")
-    add("--view4", type=int, nargs="?", const=192, metavar="SIDE", help="a fourth view, 192 (SoCo*)")
+    add("--view4", type=int, nargs="?", const=192, metavar="SIDE", help="V4 of SoCo* (192)")
     add("--crop-scale", type=float, default=0.5, help="least share of the image in V2")
     add("--boxes-per-image", type=int, default=4, help="P (Table 5 c)")
     add("--jitter", type=float, default=0.1, help="of half the boxes of V1, in their sides")

@@ -11,8 +11,8 @@ tensor), and this project's share of a loading process (decode, two crops; colou
 work).  step takes the papers' recipes, each method in processes of its own, in turn, on a GPU where
 there is one: colours, forward, backward, updates, without the loading.  Its arithmetic is what
 torch counts of one step: convolutions and matrix products.  loss is DUPR's patch loss at its size.
-levels is SoCo's step, each box through the head from the one level of its size, against one in which
-the head runs on all four levels for every box and three results are masked away.
+levels is SoCo's step, each box through the head from the one level of its size, against one in
+which the head runs on all four levels for every box and three results are masked away.
 """
 import argparse
 import resource

@@ -1,6 +1,7 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -62,7 +63,7 @@ def test_loss_and_gradients_equal_a_loop_over_boxes(sizes, least):
     """Each box of each image alone through the networks, in eval mode, and L_i + L~_i of it."""
     torch.manual_seed(0)
     model = settled(soco.SoCo(**SMALL))
-    views, boxes = batch(4, sizes)
+    views, boxes = ([each[:2] for each in batches] for batches in batch(4, sizes))
     loss, parts = model(views, boxes)
     loss.backward()
     found = {name: p.grad for name, p in model.named_parameters()}
@@ -73,15 +74,15 @@ def test_loss_and_gradients_equal_a_loop_over_boxes(sizes, least):
     def cosine(a, b):
         return (a * b).sum() / (a.norm() * b.norm())
 
-    for image in range(4):
+    for image in range(2):
         for i in range(2):
             one = [(view[image:image + 1], box[image:image + 1, i:i + 1])
                    for view, box in zip(views, boxes)]
             online = [model.predictor(model.online(*seen)) for seen in one]
             target = [model.target(*seen).detach() for seen in one]
             for other in range(1, len(sizes)):
-                total = total - 2 * cosine(online[0], target[other]) / 8  # L_i
-                total = total - 2 * cosine(online[other], target[0]) / 8  # L~_i
+                total = total - 2 * cosine(online[0], target[other]) / 4  # L_i
+                total = total - 2 * cosine(online[other], target[0]) / 4  # L~_i
     torch.testing.assert_close(loss, total, atol=1e-5, rtol=1e-5)
     total.backward()
     for name, p in model.named_parameters():
@@ -220,7 +221,8 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
         quarter = torch.tensor([0.25, 0.75])
         for view in views:
             side = view.pixels.shape[-1]
-            box = soco.into_view(places[None], view.box[None], torch.tensor([view.flipped]), side)[0]
+            flipped = torch.tensor([view.flipped])
+            box = soco.into_view(places[None], view.box[None], flipped, side)[0]
             assert (box >= -1e-3).all() and (box <= side + 1e-3).all()
             seen = read(view.pixels, box)
             seen = seen.flip(3) if view.flipped else seen
@@ -338,6 +340,10 @@ def half(number, path):
     loss, _ = ddp([v[mine] for v in views], [b[mine] for b in boxes])
     loss.backward()
     loss = common.all_gather(loss.detach()[None]).mean()
+    args = soco.parse_args([*TINY, "--out", str(path / "run")])
+    found = soco.find_proposals(args, Scenes(2, size=96, seed=0))  # the first searches for both
+    count = common.all_gather(torch.tensor([len(found["boxes"])]))
+    assert count[0] == count[1] > 0
     if number == 0:
         torch.save([loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}],
                    path / "out.pt")
@@ -380,22 +386,23 @@ def test_sizes_of_the_recipe():
 
 def test_defaults_are_the_recipe_unless_scenes_are_used():
     args = vars(soco.parse_args(["--data", "somewhere"]))
-    recipe = dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5, warmup=10,
-                  image_size=224, small_size=112, view4=None, crop_scale=0.5, boxes_per_image=4,
-                  jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096, dim=256,
+    recipe = dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5,
+                  warmup=10, image_size=224, small_size=112, view4=None, crop_scale=0.5,
+                  boxes_per_image=4, jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096, dim=256,
                   momentum=0.99, proposals="auto")
     assert {k: args[k] for k in recipe} == recipe
     assert soco.parse_args(["--data", "x", "--view4"]).view4 == 192
     assert soco.parse_args([]).arch == "resnet18" and soco.parse_args([]).image_size < 100
 
 
-def test_a_run_written_out(tmp_path, monkeypatch):
+def test_a_run_written_out(tmp_path):
     """Proposals, the views' colours, boxes, jitter, updates: two steps of a run, and its log."""
     torch.set_num_threads(1)
-    words = [*TINY, "--epochs", "1", "--warmup", "1", "--lr", "2", "--view4", "32"]
+    words = [*TINY, "--scenes", "32", "--epochs", "1", "--warmup", "1", "--lr", "2", "--view4",
+             "32"]
     soco.main([*words, "--out", str(tmp_path)])
     args = soco.parse_args(words)
-    scenes = Scenes(40, size=96, seed=0)
+    scenes = Scenes(32, size=96, seed=0)
     found = selective_search.read_proposals(tmp_path / "proposals.npz")
     torch.manual_seed(0)
     model = soco.SoCo(**SMALL)
@@ -403,12 +410,13 @@ def test_a_run_written_out(tmp_path, monkeypatch):
                           weight_decay=1e-5)
     losses, whole = [], []
     for step in range(2):
-        order = common.np.random.default_rng([0, 0]).permutation(40)[16 * step:16 * step + 16]
+        order = np.random.default_rng([0, 0]).permutation(32)[16 * step:16 * step + 16]
         drawn = []
         for i in order.tolist():
             torch.manual_seed(common.seed_for(0, 0, i))
-            boxes = selective_search.propose(scenes[i], "single", 224)
-            assert (boxes == found["boxes"][slice(*found["offsets"][i:i + 2])]).all()
+            boxes = found["boxes"][slice(*found["offsets"][i:i + 2])]
+            if i < 4:
+                assert np.array_equal(boxes, selective_search.propose(scenes[i], "single", 224))
             drawn.append(soco.make_views((scenes[i], torch.from_numpy(boxes).float()), args))
         views, places, none = default_collate(drawn)
         torch.manual_seed(common.seed_for(0, step, 0))
@@ -436,9 +444,16 @@ def test_a_run_written_out(tmp_path, monkeypatch):
     state = common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
     for name, value in model.state_dict().items():
         torch.testing.assert_close(state[name], value, atol=1e-3, rtol=1e-3)
-    monkeypatch.setattr(selective_search, "propose", None)  # the boxes are kept
-    soco.main([*words, "--out", str(tmp_path), "--fresh"])
-    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-4)
+
+
+def test_found_proposals_are_kept(tmp_path, monkeypatch):
+    args = soco.parse_args([*TINY, "--scenes", "3", "--out", str(tmp_path / "run")])
+    first = soco.find_proposals(args, Scenes(3, size=96, seed=0))
+    monkeypatch.setattr(selective_search, "propose", None)
+    again = soco.find_proposals(args, Scenes(3, size=96, seed=0))
+    assert len(first["boxes"]) > 3 and all(np.array_equal(first[key], again[key]) for key in first)
+    with pytest.raises(common.InputError, match="other images or settings"):
+        soco.find_proposals(args, Scenes(4, size=96, seed=0))
 
 
 def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
@@ -473,9 +488,9 @@ def test_images_without_proposals_use_the_whole_view(tmp_path):
     images = common.ImageFiles(tmp_path / "data")
     names = [n for name in images.names for n in (name, f"x/{name}")]
     counts = [3 * (i % 4 == 0) for i in range(32)]  # of every second image of the folder
-    boxes = common.np.int16([[10, 10, 50, 40]] * sum(counts))
-    common.np.savez(tmp_path / "p.npz", names=names, settings="by hand", boxes=boxes,
-                    offsets=common.np.cumsum([0, *counts]))
+    boxes = np.int16([[10, 10, 50, 40]] * sum(counts))
+    np.savez(tmp_path / "p.npz", names=names, settings="by hand", boxes=boxes,
+                    offsets=np.cumsum([0, *counts]))
     words = [*TINY, "--data", str(tmp_path / "data"), "--arch", "resnet18", "--warmup", "0",
              "--epochs", "1", "--proposals", str(tmp_path / "p.npz")]
     soco.main([*words, "--out", str(tmp_path / "run")])
