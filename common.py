@@ -514,9 +514,9 @@ def launch(train, args):
         if int(os.environ.get("LOCAL_RANK", 0)):  # what all know the first one says; torchrun then
             time.sleep(3)  # ends the others, and one that lives on has something of its own to say
         sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
-    except KeyboardInterrupt:  # before there is a Run, which saves first
+    except KeyboardInterrupt as stopped:  # outside of a Run's steps
         print("stopped; the same command goes on", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -34,9 +34,9 @@ The file, for np.load: names (n,), paths below the folder; boxes (m, 4) int16, x
 image's own pixels, of which image i has those from offsets[i] to offsets[i + 1]; settings.
 
 Where this differs from the paper, or the paper is silent
-    - Two strategies of the paper's Table 4 (IJCV 2013): single is HSV with all four terms and k =
-      100, fast is HSV and Lab, with and without colour's term, k = 50 and 100.  Regions under k
-      pixels are joined to a neighbour.  The colours have 8 bits, PIL's.
+    - Two of the paper's strategies: single is HSV with all four terms and k = 100, fast is HSV and
+      Lab, with and without colour's term, k = 50 and 100.  Before, a Gaussian of 0.8 pixels; after,
+      regions under k pixels are joined to a neighbour.  The colours have 8 bits, PIL's.
     - Directions are signed (a derivative's negative part is that of the opposite one); a bin is a
       tenth of the image's greatest derivative.
     - Large boxes come first, not by rank times a random number; a box is given once.
@@ -46,6 +46,7 @@ Where this differs from the paper, or the paper is silent
 import argparse
 import math
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -54,8 +55,6 @@ from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageCms
 from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
@@ -241,16 +240,19 @@ def group(regions, near, area, terms):
     for i in range(n):
         touching = near[i].nonzero()[0]
         alike[i, touching] = similarity(regions, i, touching, area, terms)
+    best = alike.max(1)  # of each row, so that a merge looks at few of them
     for _ in range(n - 1):
-        i, j = divmod(int(alike.argmax()), n)
+        i = best.argmax()
+        j = alike[i].argmax()
         join(regions, i, j)
         near[i] |= near[j]
         near[i, i] = near[i, j] = False
         near[j] = near[:, j] = False
-        alike[j] = alike[:, j] = -np.inf
+        alike[j] = alike[:, j] = best[j] = -np.inf
         touching = near[i].nonzero()[0]
         near[touching, i] = True
         alike[i, touching] = alike[touching, i] = similarity(regions, i, touching, area, terms)
+        best[i], best[touching] = alike[i].max(), alike[touching].max(1)
         met.append(regions.box[i:i + 1].copy())
     return np.concatenate(met)
 
@@ -312,34 +314,43 @@ class Search(Dataset):
         return propose(image, *self.settings) if read == i else np.zeros((0, 4), np.int16)
 
 
-def search(images, out, strategy, size, workers):
-    """Search all ``images`` into the file ``out`` (see above), or go on where a search of the same
-    ended: it is written every minute, with ``offsets`` as far as the search has come.
+def interrupt(number, _frame):
+    """Signal handler: leave at once, but through every finally."""
+    raise KeyboardInterrupt(number)
 
-    Raises InputError: ``out`` is of other images or settings.
+
+def search(images, out, strategy, size, workers, fresh=False):
+    """Search all ``images`` into the file ``out`` (see above), or go on where a search of the same
+    ended: it is written every minute or so, with ``offsets`` as far as the search has come.
+
+    Raises InputError: ``out`` is of other images or settings, which ``fresh`` starts over.
     """
     names, settings, found = images.names, f"{strategy} {size}", []
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     if os.path.exists(out):
         old = read_proposals(out, whole=False)
-        if [str(old["settings"]), *old["names"]] != [settings, *names]:
+        if [str(old["settings"]), *old["names"]] == [settings, *names]:
+            found = np.split(old["boxes"], old["offsets"][1:])[:-1]
+        elif not fresh:
             raise InputError(f"{out} is of other images or settings ({old['settings']}): delete "
                              "it, or give another name")
-        found = np.split(old["boxes"], old["offsets"][1:])[:-1]
 
     def save():
         with open(f"{out}.tmp", "wb") as file:
             np.savez(file, names=names, settings=settings, offsets=np.cumsum([0, *map(len, found)]),
                      boxes=np.concatenate([np.zeros((0, 4), np.int16), *found]))
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(f"{out}.tmp", out)
 
     first, began, terminal = len(found), time.monotonic(), sys.stdout.isatty()
-    said = saved = began
+    said, next_save = began, began + 60
+    before = [(n, signal.signal(n, interrupt)) for n in (signal.SIGINT, signal.SIGTERM)]
     loader = DataLoader(Search(images, strategy, size), batch_size=None, num_workers=workers,
                         sampler=range(first, len(names)), collate_fn=np.asarray,
                         worker_init_fn=leave_group)
     try:
-        for boxes in loader:
+        for boxes in loader if first < len(names) else ():
             found.append(boxes)
             now, done = time.monotonic(), len(found)
             if now - said > (1 if terminal else 20) or done == len(names):
@@ -347,12 +358,14 @@ def search(images, out, strategy, size, workers):
                 print("\r\033[K" * terminal + f"selective search: {done}/{len(names)} images  "
                       f"{speed:.1f} images/s  {(len(names) - done) / speed / 60:.1f} min left",
                       end="" if terminal and done < len(names) else "\n", flush=True)
-            if now - saved > 60:
+            if now > next_save:
                 save()
-                saved = time.monotonic()
-    finally:  # also after Ctrl-C
+                next_save = time.monotonic() + max(60, 30 * (time.monotonic() - now))
+    finally:  # also after a signal
         if len(found) > first:
             save()
+        for number, handler in before:
+            signal.signal(number, handler)
     broken = int(getattr(images, "broken", torch.zeros(1)).sum())
     print(f"{out}: {len(names)} images, {sum(map(len, found)) / len(names):.1f} boxes each"
           + f"; {broken} cannot be decoded" * (broken > 0), flush=True)
@@ -364,6 +377,10 @@ def read_proposals(path, whole=True):
     try:
         with np.load(path) as file:
             read = {key: file[key] for key in ("names", "settings", "offsets", "boxes")}
+        at, (number, sides) = read["offsets"], read["boxes"].shape
+        if sides != 4 or (np.diff(at, prepend=0, append=number) < 0).any() or at[0] or \
+                at[-1] != number or len(at) > len(read["names"]) + 1:
+            raise ValueError("names, offsets and boxes do not fit each other")
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # a zip file's, numpy's, KeyError, ...
@@ -376,11 +393,12 @@ def read_proposals(path, whole=True):
 
 def recall(images, number, strategy, size):
     """Measure on ``number`` images that have a VOC annotation, one after the other."""
-    notes = [Path(path).parents[1] / "Annotations" / (Path(path).stem + ".xml")
-             for path in images.paths]
-    annotated = [i for i, note in enumerate(notes) if note.exists()]
+    paths = [Path(path).absolute() for path in images.paths]
+    notes = [path.parent.with_name("Annotations") / f"{path.stem}.xml" for path in paths]
+    annotated = [i for i, path in enumerate(paths)
+                 if path.parent.name == "JPEGImages" and notes[i].exists()]  # no mask of VOC's
     if not annotated:
-        raise InputError("no ../Annotations/NAME.xml beside the images")
+        raise InputError("no JPEGImages with Annotations beside it")
     best, seconds, boxes = [], [], []
     for i in annotated[::max(1, len(annotated) // number)][:number]:
         image, truths = images[i], []
@@ -404,6 +422,8 @@ def recall(images, number, strategy, size):
 
 def draw(images, proposals, number, path):
     """A picture of ``number`` images with up to 30 of their boxes, chosen evenly by size."""
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
     figure = Figure((3.2 * number, 3), layout="constrained")
     shown = np.linspace(0, len(images) - 1, number).astype(int)
     for axes, i in zip(figure.subplots(1, number, squeeze=False)[0], shown):

@@ -41,16 +41,21 @@ Commands
 
 Where this differs from the talk, or it is silent (then: the authors' public configuration)
     - Recipe (batch, LARS, decay, warm-up, colours) and layer widths are the configuration's.
-    - V2 is cut from the image itself at the image's own resolution, not from the resized V1.  V3
-      and V4 are V2, made smaller, as in the talk; the authors' code crops anew.
+    - V2's rectangle is drawn in V1, but cut from the image at its own resolution.  V3 and V4 are
+      V2, made smaller, as in the talk; the authors' code crops anew.
     - A box is cut to V2, in V1 too, so that every view shows the same of it; under 8 pixels of V2
       a side it is dropped.  Of the others P are drawn; where there are fewer, they are repeated;
       where there is none, all of V2 is the box (whole_view in the log is the share of such images).
-    - Jitter moves the boxes of V1 only, with P draws of r for each of x, y, w and h.
+    - Jitter moves the boxes of V1 only; r is drawn for each box, and for each of its corner's x and
+      y, its w and its h.
     - A box is pooled from the one level of its size; the authors' code runs all four and keeps one.
-    - LARS is You et al.'s (arXiv 1708.03888, Algorithm 1).  The momentum's cosine goes by steps.
-    - --proposals auto is selective search's single strategy, done once; fast takes four times as
-      long and finds more: selective_search.py writes the file.
+      The bounds are 48, 96 and 192 pixels of a view of any size: in the built-in scenes' views of
+      64, no box is of P4 or P5, whose last convolutions stay as they were drawn.
+    - As in torchvision's Faster R-CNN, RoI Align is not shifted by half a pixel.
+    - LARS is You et al.'s (arXiv 1708.03888, Algorithm 1), with the lr outside the momentum, as in
+      torch's SGD.  The target's m goes by steps.
+    - --proposals auto is the single strategy of selective_search.py at 224 pixels; the authors' was
+      one segmentation too, k = 300, sigma 0.9, regions of 100 pixels, at full size.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.
     - On CUDA RoI Align adds up its gradients in no fixed order: a resumed run need not end where an
       uninterrupted one does, bit for bit.  bfloat16 there.
@@ -59,11 +64,12 @@ import argparse
 import copy
 import math
 import os
-import time
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -161,16 +167,12 @@ def find_proposals(args, images):
         return None
     if args.proposals != "auto":
         return read_proposals(args.proposals)
-    path = Path(args.out) / "proposals.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path, here = Path(args.out) / "proposals.npz", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if rank() == 0:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        search(images, path, "single", 224, args.workers * here)
-    while True:  # hours may go by, more than a collective waits
-        try:
-            return read_proposals(path)
-        except InputError:
-            time.sleep(1)
+        search(images, path, "single", 224, args.workers * here, args.fresh)
+    if world_size() > 1:  # the others wait for hours, if need be
+        dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
+    return read_proposals(path)
 
 
 # --------------------------------------------------------------------------- views (in the workers)
@@ -201,7 +203,8 @@ def make_views(item, args):
     image, boxes = item
     height, width = image.shape[1:]
     whole = View(image, torch.tensor([0.0, 0.0, width, height]), False)
-    crop = random_resized_crop(image, args.image_size, (args.crop_scale, 1.0))
+    ratio = 3 / 4 * width / height, 4 / 3 * width / height  # 3/4 to 4/3 in V1, which is square
+    crop = random_resized_crop(image, args.image_size, (args.crop_scale, 1.0), ratio)
     views = [resized(whole, args.image_size), crop, resized(crop, args.small_size)]
     if args.view4:
         views.append(resized(crop, args.view4))
@@ -304,15 +307,16 @@ class SoCo(nn.Module):
 
 class LARS(torch.optim.SGD):
     """SGD in which every weight moves in proportion to its own length (You et al. 2017, Algorithm
-    1): its gradient g becomes (g + decay w) trust |w| / (|g| + decay |w|).  Parameters of one
-    dimension (biases, batch norm) take the plain step, without decay.  Changes the gradients."""
+    1): its gradient g becomes (g + decay w) trust |w| / (|g| + decay |w|), but where w or g is 0.
+    Parameters of one dimension (biases, batch norm) take the plain step, without decay.  Changes
+    the gradients."""
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
         super().__init__(params, lr, momentum)
         self.decay, self.trust = weight_decay, trust
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self):
         """One step, as SGD's."""
         for w in (p for group in self.param_groups for p in group["params"]):
             if w.ndim > 1 and w.grad is not None:
@@ -320,7 +324,7 @@ class LARS(torch.optim.SGD):
                 rate = self.trust * length / (slope + self.decay * length)
                 rate = torch.where((length > 0) & (slope > 0), rate, 1)
                 w.grad.add_(w, alpha=self.decay).mul_(rate)
-        return super().step(closure)
+        super().step()
 
 
 def schedule(step, steps, warmup, m):
@@ -341,7 +345,8 @@ def train(args, device):
           workers=(0, inf), seed=(0, inf), log_every=(1, inf))
     images = unlabelled(args.data, args.scenes)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    data = Proposed(images, find_proposals(args, images))
+    if args.batch_size == world_size():
+        raise InputError(f"batch size {args.batch_size}: batch norm needs two images a process")
 
     torch.manual_seed(args.seed)
     model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim).to(device)
@@ -355,6 +360,8 @@ def train(args, device):
                      weight_decay=args.weight_decay)
     run = Run(args, "soco", images, steps, per_epoch, dict(model=model, optimizer=optimizer))
 
+    data = Proposed(images, find_proposals(args, images))
+    run.start_clock()
     loader = load_batches(data, partial(make_views, args=args), args.batch_size,
                           range(run.step, steps), args.seed, args.workers)
     for step, (views, places, none) in zip(range(run.step, steps), loader):
@@ -376,8 +383,8 @@ def train(args, device):
         loss.backward()
         optimizer.step()
         momentum_update(model.online, model.target, m)
-        run.end_step(loss, base_lr * factor, **parts, whole_view=none.float().mean().to(device),
-                     momentum=torch.tensor(m, device=device))
+        run.end_step(loss, base_lr * factor, **parts, momentum=loss.new_full((), m),
+                     whole_view=loss.new_full((), none.float().mean().item()))
     if rank() == 0:
         export_backbone(model.online.backbone.body, run.out / "backbone.pt")
         parts = {"backbone": model.online.backbone, "roi_heads.box_head": model.online.head}

@@ -396,13 +396,14 @@ def test_bad_input(tmp_path, photos):
     for words, message in ((["--data", tmp_path / "none"], "no such folder"),
                            (["--data", photos, "--size", 0], "--size 0 is not"),
                            (["--data", photos, "--workers", -1], "--workers -1 is not"),
-                           (["--data", photos, "--recall", 5], "no .*Annotations")):
+                           (["--data", photos, "--recall", 5], "no JPEGImages with Annotations")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             ss.main([*map(str, words), "--out", str(tmp_path / "p.npz")])
     (tmp_path / "text").write_text("no zip file")
     np.savez(tmp_path / "other.npz", names=np.array(["a"]))
+    np.savez(tmp_path / "odd.npz", names=["a"], settings="", offsets=[0, 2], boxes=np.eye(4)[:1])
     for name, message in (("none", "no such file"), ("text", "holds no proposals"),
-                          ("other.npz", "holds no proposals")):
+                          ("other.npz", "holds no proposals"), ("odd.npz", "do not fit")):
         with pytest.raises(InputError, match=message):
             ss.read_proposals(tmp_path / name)
 
@@ -428,6 +429,8 @@ def test_recall_by_hand(tmp_path, capsys, monkeypatch):
     folder = tmp_path / "VOC"
     (folder / "Annotations").mkdir(parents=True)
     (folder / "JPEGImages").mkdir()
+    make_photos(folder / "SegmentationClass", 1)
+    (folder / "SegmentationClass" / "0000.jpg").rename(folder / "SegmentationClass" / "a.png")
     for name in ("a", "b", "c"):
         Image.fromarray(coordinates(100, 100).permute(1, 2, 0).numpy()).save(
             folder / "JPEGImages" / f"{name}.png")

@@ -207,7 +207,7 @@ def read(pixels, box):
 def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, view4):
     args = soco.parse_args(f"--data x --image-size {size} --small-size {small} --view4 {view4} "
                            "--boxes-per-image 3".split())
-    image, flips = coordinates(width, height), set()
+    image, flips, shares = coordinates(width, height), set(), []
     for seed in range(150):
         torch.manual_seed(seed)
         boxes = soco.random_boxes(width, height, 6)
@@ -217,6 +217,11 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
         assert all(torch.equal(v.box, views[1].box) for v in views[1:])
         flips.add(tuple(bool(v.flipped) for v in views))
         crop = views[1].box
+        share = (crop[2:] - crop[:2]).prod() / (width * height)
+        assert 0.47 < share <= 1
+        shares.append(share.item())
+        w, h = crop[2:] - crop[:2]
+        assert 0.72 < w / width * height / h < 1.38
         assert (places[:, :2] >= crop[:2]).all() and (places[:, 2:] <= crop[2:]).all()
         quarter = torch.tensor([0.25, 0.75])
         for view in views:
@@ -232,7 +237,7 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
                 x, y = x1 + quarter * (x2 - x1) - 0.5, y1 + quarter * (y2 - y1) - 0.5
                 assert (seen[p, 0] - x).abs().max() < slack
                 assert (seen[p, 1] - y[:, None]).abs().max() < slack
-    assert len(flips) == 16
+    assert len(flips) == 16 and min(shares) < 0.55 and max(shares) > 0.9
 
 
 def test_into_view_by_hand():
@@ -241,6 +246,10 @@ def test_into_view_by_hand():
     found = soco.into_view(box, view, torch.tensor([False, True]), 224)
     assert found.tolist() == [[[28, 56, 140, 224], [0, 0, 224, 224]],
                               [[84, 56, 196, 224], [0, 0, 224, 224]]]
+    odd = soco.into_view(box[:1, :1], torch.tensor([[4.5, 2.25, 68.5, 42.25]]),
+                         torch.tensor([True]), 32)
+    assert odd.tolist() == [[[4.25, 6.2, 24.25, 30.2]]] or torch.allclose(
+        odd, torch.tensor([4.25, 6.2, 24.25, 30.2]))
 
 
 def test_chosen_boxes_by_hand():
@@ -388,8 +397,8 @@ def test_defaults_are_the_recipe_unless_scenes_are_used():
     args = vars(soco.parse_args(["--data", "somewhere"]))
     recipe = dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5,
                   warmup=10, image_size=224, small_size=112, view4=None, crop_scale=0.5,
-                  boxes_per_image=4, jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096, dim=256,
-                  momentum=0.99, proposals="auto")
+                  boxes_per_image=4, jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096,
+                  dim=256, momentum=0.99, proposals="auto")
     assert {k: args[k] for k in recipe} == recipe
     assert soco.parse_args(["--data", "x", "--view4"]).view4 == 192
     assert soco.parse_args([]).arch == "resnet18" and soco.parse_args([]).image_size < 100
@@ -454,6 +463,9 @@ def test_found_proposals_are_kept(tmp_path, monkeypatch):
     assert len(first["boxes"]) > 3 and all(np.array_equal(first[key], again[key]) for key in first)
     with pytest.raises(common.InputError, match="other images or settings"):
         soco.find_proposals(args, Scenes(4, size=96, seed=0))
+    monkeypatch.undo()
+    args.fresh = True
+    assert len(soco.find_proposals(args, Scenes(4, size=96, seed=0))["names"]) == 4
 
 
 def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
@@ -510,10 +522,13 @@ def test_arguments_that_cannot_be(tmp_path):
                            ("--jitter 0.5", "--jitter 0.5 is not"),
                            ("--proposals nowhere.npz", "no such file: nowhere.npz"),
                            ("--view4 8", "--view4 8 is not"),
+                           ("--arch resnet5O", "unknown architecture resnet5O"),
+                           ("--batch-size 1", "batch norm needs two images a process"),
                            ("--batch-size 41", "batch size 41 is more than all 40")):
         with pytest.raises(SystemExit, match="error: ") as error:
             soco.main([*TINY, *flags.split(), "--out", str(tmp_path)])
         assert message in str(error.value)
+    assert not (tmp_path / "proposals.npz").exists()  # said before anything is searched
 
 
 def test_loading_does_not_depend_on_workers():
