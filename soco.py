@@ -115,7 +115,7 @@ def parse_args(argv=None):
     add_run_arguments(parser, out="runs/soco")
     if parser.parse_known_args(argv)[0].data is None:
         parser.set_defaults(arch="resnet18", image_size=64, small_size=32, epochs=3, batch_size=64,
-                            lr=32.0, warmup=1, fpn_channels=64, hidden=512, dim=128)
+                            warmup=1, p_blur=[0.0, 0.0], fpn_channels=64, hidden=512, dim=128)
     return parser.parse_args(argv)
 
 
@@ -280,6 +280,17 @@ def similarity_loss(v, target):
     return -2 * F.cosine_similarity(v.float(), target.detach().float(), dim=1).mean()
 
 
+def spread(v):
+    """What to watch for collapse, of v (N, D) at unit length: the mean deviation of a coordinate, 0
+    when all boxes are one and 1/sqrt(D) when they fill the sphere, and in how many directions they
+    deviate, (sum of eigenvalues)^2 / sum of eigenvalues^2 of their covariance, 1 to D."""
+    centred = F.normalize(v, dim=1) - F.normalize(v, dim=1).mean(0)
+    with torch.autocast(v.device.type, enabled=False):
+        covariance = centred.T @ centred / len(v)  # (D, D)
+    directions = covariance.trace() ** 2 / (covariance ** 2).sum().clamp(min=1e-20)
+    return dict(deviation=centred.pow(2).mean(0).sqrt().mean(), directions=directions)
+
+
 class SoCo(nn.Module):
     """The two networks, and the loss between them."""
 
@@ -301,8 +312,7 @@ class SoCo(nn.Module):
             back = similarity_loss(v[i], target[0])  # L~
             loss = loss + there + back
             parts[f"similarity_v{i + 1}"] = -(there + back).detach() / 4
-        spread = F.normalize(v[0].detach().float(), dim=1).std(0, correction=0).mean()
-        return loss, dict(parts, deviation=spread)
+        return loss, dict(parts, **spread(v[0].detach().float()))
 
 
 class LARS(torch.optim.SGD):
