@@ -292,7 +292,7 @@ def keep_object_like(boxes, width, height):
 
 def propose(image, strategy, size):
     """The boxes (n, 4) int16 of an image (3, H, W) uint8, in its pixels, that keep_object_like
-    keeps, found at ``size`` pixels of its long side at most.  None where int16 would not do."""
+    keeps, found at ``size`` pixels of its long side at most; none of images beyond int16."""
     (height, width), scale = image.shape[1:], min(1, size / max(image.shape[1:]))
     if max(height, width) > np.iinfo(np.int16).max:
         return np.zeros((0, 4), np.int16)
