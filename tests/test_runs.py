@@ -18,14 +18,14 @@ MOCO = ("moco_v2.py --scenes 48 --epochs 9 --batch-size 16 --image-size 32 --que
         "--dim 16 --bn-groups 2 --log-every 2").split()
 DETCO = ["detco.py", *MOCO[1:], "--local-size", "54"]
 DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--rand-augment"]
-SOCO = ("soco.py --scenes 48 --epochs 9 --batch-size 16 --image-size 32 --small-size 32 --view4 32 "
+SOCO = ("soco.py --scenes 48 --epochs 5 --batch-size 16 --image-size 32 --small-size 32 "
         "--fpn-channels 8 --hidden 24 --dim 16 --log-every 2").split()
-DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 24 "
+DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 16 "
             "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 "
             "--log-every 2").split()
 C4 = [*DETECTOR, "--detector", "c4", "--optimizer", "adam"]
-STEPS = {"moco_v2.py": 27, "detco.py": 27, "dupr.py": 27, "soco.py": 27,
-         "finetune_fasterrcnn.py": 24}
+STEPS = {"moco_v2.py": 27, "detco.py": 27, "dupr.py": 27, "soco.py": 15,
+         "finetune_fasterrcnn.py": 16}
 
 
 def assert_identical(a, b, path="checkpoint"):
@@ -95,7 +95,7 @@ def test_stopped_and_started_again_ends_bit_identical(tmp_path, script, workers,
     if script is SOCO:
         names |= {"detector.pt", "proposals.npz"}
         momenta = [float(row["momentum"]) for row in logs[1]]  # 0.99 to 1, over the whole run
-        means = [1 - 0.01 * (math.cos(math.pi * step / 27) + 1) / 2 for step in range(27)]
+        means = [1 - 0.01 * (math.cos(math.pi * step / 15) + 1) / 2 for step in range(15)]
         rows = [0, *(int(row["step"]) for row in logs[1])]
         assert momenta == pytest.approx([sum(means[a:b]) / (b - a) for a, b in zip(rows, rows[1:])])
     assert {p.name for p in (tmp_path / "killed").iterdir()} == names
