@@ -242,12 +242,13 @@ def gaussian_blur(x, sigma):
 
 
 def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p_blur=0.5,
-                p_solarize=0.0):
-    """Colour jitter, gray, blur, solarize and ImageNet normalisation of a batch of views.
+                p_solarize=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Colour jitter, gray, blur, solarize and normalisation of a batch of views.
 
     pixels: (B, 3, H, W) uint8; jitter: strengths of brightness, contrast, saturation and hue; the
     p_* are each image's own chances, and its strengths are its own too.  The order of the jitter's
-    four is drawn once a batch.  Returns (B, 3, H, W) float32.
+    four is drawn once a batch.  mean, std: of red, green and blue in 0..1, ImageNet's by default.
+    Returns (B, 3, H, W) float32.
     """
     x = pixels.float() / 255
     number, device = len(x), x.device
@@ -272,8 +273,45 @@ def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p
         solarized = chosen(p_solarize).to(device, non_blocking=True).view(-1, 1, 1, 1)
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
     mean, std = (torch.tensor(v).to(device, non_blocking=True).view(3, 1, 1)
-                 for v in (IMAGENET_MEAN, IMAGENET_STD))
+                 for v in (mean, std))
     return (x - mean) / std
+
+
+class _Histograms(Dataset):
+    """Item i: how often each value 0..255 occurs in each channel of image i, (3, 256)."""
+
+    def __init__(self, images):
+        self.images = images
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        i, image = self.images.numbered(index)
+        counts = torch.stack([channel.bincount(minlength=256) for channel in image.flatten(1)])
+        return counts * (i == index)  # an image that cannot be decoded has none
+
+
+def measure_normalisation(images, workers=0):
+    """Mean and standard deviation of red, green and blue, over all pixels of all images.
+
+    images: ImageFiles or Scenes; those that cannot be decoded do not count.  Prints, in the first
+    process, what photometric and the commands want.  Returns two lists of 3, in 0..1.
+    """
+    loader = DataLoader(_Histograms(images), batch_size=None, num_workers=workers,
+                        worker_init_fn=leave_group)
+    counts, value = torch.zeros(3, 256, dtype=torch.long), torch.arange(256).double() / 255
+    for done, histogram in enumerate(loader, 1):
+        counts += histogram
+        if rank() == 0 and done % 10000 == 0:
+            print(f"{done} of {len(images)} images", flush=True)
+    share = counts / counts.sum(1, keepdim=True).double()  # (3, 256)
+    mean = (share * value).sum(1)  # (3,)
+    std = (share * (value - mean.unsqueeze(1)) ** 2).sum(1).sqrt()  # (3,)
+    if rank() == 0:
+        print(f"{len(images)} images:  --mean {' '.join(f'{v:.4f}' for v in mean)}"
+              f" --std {' '.join(f'{v:.4f}' for v in std)}", flush=True)
+    return mean.tolist(), std.tolist()
 
 
 # ------------------------------------------------------------------------------- backbone and heads
@@ -356,6 +394,35 @@ def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4):
         raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
     return ResNetStages(torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer),
                         depth)
+
+
+class SwinStages(nn.Module):
+    """torchvision's Swin Transformer without its classifier, under the same parameter names.
+
+    (B, 3, H, W) -> four stages (B, C_i, H/s, W/s), s = 4, 8, 16, 32, as ResNetStages gives; the
+    last one after the layer norm that ends the network.
+    """
+
+    def __init__(self, swin):
+        super().__init__()
+        self.features, self.norm = swin.features, swin.norm
+        self.channels = [swin.head.in_features // by for by in (8, 4, 2, 1)]
+
+    def forward(self, x):
+        stages = []
+        for i, part in enumerate(self.features):  # patches, stage, merging, stage, ..., stage
+            x = part(x)  # (B, H/s, W/s, C)
+            if i % 2:
+                stages.append(x)
+        stages[-1] = self.norm(x)
+        return [stage.permute(0, 3, 1, 2) for stage in stages]
+
+
+def backbone_stages(arch):
+    """A randomly initialised torchvision Swin Transformer or ResNet, by name, as its stages."""
+    if arch.startswith("swin_") and arch in torchvision.models.list_models(torchvision.models):
+        return SwinStages(torchvision.models.get_model(arch, weights=None))
+    return resnet_stages(arch)
 
 
 def mlp(c_in, hidden, c_out):
@@ -444,6 +511,29 @@ def momentum_update(online, target, m):
     get_ema_multi_avg_fn(m)(list(target.parameters()), list(online.parameters()), None)
 
 
+class LARS(torch.optim.SGD):
+    """SGD in which every weight moves in proportion to its own length (You et al. 2017, arXiv
+    1708.03888, Algorithm 1): its gradient g becomes (g + decay w) trust |w| / (|g| + decay |w|),
+    but where w or g is 0.  Parameters of one dimension (biases, normalisation) take the plain step,
+    without decay.  The lr stands outside the momentum, as in torch's SGD.  Changes the gradients.
+    """
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
+        super().__init__(params, lr, momentum)
+        self.decay, self.trust = weight_decay, trust
+
+    @torch.no_grad()
+    def step(self):
+        """One step, as SGD's."""
+        for w in (p for group in self.param_groups for p in group["params"]):
+            if w.ndim > 1 and w.grad is not None:
+                length, slope = w.norm(), w.grad.norm()
+                rate = self.trust * length / (slope + self.decay * length)
+                rate = torch.where((length > 0) & (slope > 0), rate, 1)
+                w.grad.add_(w, alpha=self.decay).mul_(rate)
+        super().step()
+
+
 @torch.no_grad()
 def shuffled(encoder, images, *more):
     """Shuffling BN (MoCo, 3.3): ``encoder`` sees the images of all processes in a random order, so
@@ -498,6 +588,29 @@ def all_gather(x):
     everyone = x.new_empty((world_size() * len(x), *x.shape[1:]))
     dist.all_gather_into_tensor(everyone, x.contiguous())
     return everyone
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(_ctx, x):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(_ctx, gradient):
+        return _Summed.apply(gradient)
+
+
+def summed(x):
+    """The sum of all processes' x, with its gradient.
+
+    Every process's loss depends on every process's x, so that the gradients are summed too.  A loss
+    of such sums is the same in all processes, and their parameters' gradients, of which
+    DistributedDataParallel takes the mean, are those of one process with the whole batch.
+    (dist.all_reduce alone would keep each process's own, and the mean be too small.)
+    """
+    return x if world_size() == 1 else _Summed.apply(x)
 
 
 def launch(train, args):
@@ -594,10 +707,10 @@ def detectron2_name(name):
 
 
 def load_backbone(stages, path):
-    """Copy a pre-trained ResNet into ``stages``, from the names of the file's tensors alone.
+    """Copy a pre-trained backbone into ``stages``, from the names of the file's tensors alone.
 
-    Reads torchvision's names (ours; also Barlow Twins', VICReg's, OpenSelfSup's backbones) and
-    detectron2's, under any prefix (MoCo: module.encoder_q., SoCo: module.encoder., ...).  Of
+    Reads torchvision's names (ours; also Barlow Twins', VICReg's, OpenSelfSup's backbones) and, of
+    a ResNet, detectron2's, under any prefix (MoCo: module.encoder_q., SoCo: module.encoder.).  Of
     several backbones it takes the trained one, not its average.  Says what was loaded.
     Returns the file's other tensors by name.  Raises InputError, and loads nothing, where a
     tensor is missing, not finite or of another shape: half of a backbone looks like a bad method.
@@ -607,12 +720,17 @@ def load_backbone(stages, path):
         state = state[nested] if isinstance(state, dict) and nested in state else state
     items = state.items() if isinstance(state, dict) else ()
     state = {name: value for name, value in items if isinstance(name, str)}
+    kind, spellings = "ResNet", (str, detectron2_name)
     first = "conv1.weight", "layer1.0.conv1.weight"  # both: blocks have a conv1 too
+    if isinstance(stages, SwinStages):
+        kind, spellings = "Swin Transformer", (str,)
+        first = "features.0.0.weight", "features.1.0.norm1.weight"
     backbones = [(name.removesuffix(spell(first[0])), spell)
-                 for spell in (str, detectron2_name) for name in state]
+                 for spell in spellings for name in state]
     backbones = [(p, spell) for p, spell in backbones if all(p + spell(f) in state for f in first)]
     if not backbones:
-        raise InputError(f"{path} holds no ResNet: no {' and '.join(first)}, nor detectron2's")
+        raise InputError(f"{path} holds no {kind}: no {' and '.join(first)}"
+                         + ", nor detectron2's" * len(spellings[1:]))
     averaged = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
                           "averaged?|momentum|target|teacher")
     backbones.sort(key=lambda b: bool(averaged.search(b[0])))  # of equals the first stays first
@@ -630,7 +748,7 @@ def load_backbone(stages, path):
         elif not name.endswith("num_batches_tracked"):
             raise InputError(f"{path}: {old} is missing: another architecture?")
     for name in rest:  # ResNet-101's would all be there for a ResNet-50
-        if name.startswith(tuple(prefix + spell(f"layer{i}.") for i in (1, 2, 3, 4))):
+        if name.startswith(tuple(prefix + spell(f"{n}.") for n, _ in stages.named_children())):
             raise InputError(f"{path}: {name} has no place: another architecture?")
     for name, value in state.items():
         if torch.is_tensor(value) and not value.isfinite().all():
@@ -682,8 +800,8 @@ class Run:
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if args.fresh and rank() == 0:
-            for old in ("checkpoint.pt", "backbone.pt", "detector.pt", "curves.png", "ap.json",
-                        "detections.png"):
+            for old in ("checkpoint.pt", "backbone.pt", "detector.pt", "curves.png",
+                        "correlation.png", "ap.json", "detections.png"):
                 (self.out / old).unlink(missing_ok=True)
         if world_size() > 1:
             dist.barrier()
@@ -851,3 +969,31 @@ def draw_curves(table, path):
         if len(names) > 1:
             axes.legend()
     figure.savefig(path, dpi=100)
+
+
+def draw_correlation(z1, z2, path):
+    """Draw how each dimension of z1 correlates with each of z2, both (N, D), over their N rows.
+
+    Returns the matrix (D, D), 0 where a dimension is constant.
+    """
+    from matplotlib.figure import Figure
+    number, dim = z1.shape
+    one, two = (z.double().cpu().numpy() for z in (z1, z2))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        matrix = np.nan_to_num(np.corrcoef(one, two, rowvar=False)[:dim, dim:])
+    diagonal, others = np.diag(matrix), matrix[~np.eye(dim, dtype=bool)]
+    figure = Figure((11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    shown = left.imshow(matrix, "RdBu_r", vmin=-1, vmax=1)
+    left.set(title=f"cross-correlation of the embeddings of {number} pairs",
+             xlabel="dimension, second view", ylabel="dimension, first view")
+    figure.colorbar(shown, ax=left)
+    for values, name in ((diagonal, "same"), (others, "different"))[:dim]:
+        right.hist(values, np.linspace(-1, 1, 81), density=True, alpha=0.6,
+                   label=f"{name} dimension: mean {values.mean():.2f}, root mean\nsquare "
+                         f"{np.sqrt((values ** 2).mean()):.2f}")
+    right.set(title=f"unrelated dimensions would have a root mean square of {number ** -0.5:.2f}",
+              xlabel="correlation", ylabel="density")
+    right.legend()
+    figure.savefig(path, dpi=80)
+    return matrix

@@ -59,14 +59,14 @@ from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops._utils import split_normalization_params
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from common import (InputError, Run, add_run_arguments, check, launch, leave_group, load_backbone,
-                    load_batches, load_checkpoint, rank, read_or_next, resnet_stages, seed_for,
-                    steps_per_epoch, world_size)
+from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
+                    backbone_stages, check, launch, leave_group, load_backbone, load_batches,
+                    load_checkpoint, rank, read_or_next, seed_for, steps_per_epoch, world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -101,11 +101,14 @@ def parse_args(argv=None):
     add("--test-scenes", type=int, default=300, help="number of built-in scenes to measure AP on")
     add = parser.add_argument_group("detector").add_argument
     add("--detector", choices=["c4", "fpn"], help="default: c4 on voc, else fpn")
-    add("--weights", default="none", help="file that holds a ResNet, or none (default)")
-    add("--arch", default="resnet50", help="torchvision's name of a ResNet")
+    add("--weights", default="none", help="file that holds the backbone, or none (default)")
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin for the FPN")
     add("--min-size", type=int, nargs="+", help="short side in pixels, drawn from these; the last "
         "one for testing")
     add("--max-size", type=int, default=1333, help="long side at most")
+    add("--mean", type=float, nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, green "
+        "and blue, in 0..1, as in the pre-training (default: ImageNet's)")
+    add("--std", type=float, nargs=3, default=[*IMAGENET_STD], metavar="S", help="their deviations")
     add("--fpn-channels", type=int, default=256)
     add("--anchor-size", type=int, default=32, help="side of the smallest anchors; four more sizes "
         "double it")
@@ -369,17 +372,35 @@ def training_item(item):
 # ---------------------------------------------------------------------------------------- detector
 
 
+class Pyramid(nn.Module):
+    """torchvision's BackboneWithFPN, under its names, of stages that come as a list: (B, 3, H, W)
+    -> P2..P5 and P6 for the RPN, (B, C, H/s, W/s), s = 4, 8, 16, 32, 64."""
+
+    def __init__(self, stages, channels):
+        super().__init__()
+        self.body, self.out_channels = stages, channels
+        self.fpn = FeaturePyramidNetwork(stages.channels, channels, LastLevelMaxPool(),
+                                         nn.BatchNorm2d)
+
+    def forward(self, images):
+        return self.fpn(OrderedDict(zip("0123", self.body(images))))
+
+
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
-                   max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None):
+                   max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD):
     """torchvision's Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; an FPN and
     a box head that it holds under this detector's names are loaded too.  box_head, of the FPN:
     "2fc", "4conv1fc" (SoCo's: 4 convolutions with BN, 1 linear layer), or None, as in weights.
+    mean, std: of red, green and blue in 0..1.  InputError: c4 of another backbone than a ResNet.
     In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, 100 at most for an image.
     """
-    stages = resnet_stages(arch, nn.BatchNorm2d)
+    stages = backbone_stages(arch)
+    if detector == "c4" and not isinstance(stages, ResNetStages):
+        raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
     rest = load_backbone(stages, weights) if weights != "none" else {}
     sizes, ratios = tuple(anchor_size * 2 ** i for i in range(5)), (0.5, 1.0, 2.0)
     if detector == "c4":
@@ -394,8 +415,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                      rpn_post_nms_top_n_train=min(2000, 4 * rois),
                      box_roi_pool=MultiScaleRoIAlign(["0"], output_size=14, sampling_ratio=0))
     else:
-        backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)},
-                                   stages.channels, fpn_channels, norm_layer=nn.BatchNorm2d)
+        backbone = Pyramid(stages, fpn_channels)
         width, inputs = 1024, (fpn_channels, 7, 7)
         convolutions = any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest)
         parts = dict(rpn_anchor_generator=AnchorGenerator([(s,) for s in sizes], [ratios] * 5),
@@ -406,7 +426,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                                                    norm_layer=nn.BatchNorm2d)
     model = FasterRCNN(backbone, box_predictor=FastRCNNPredictor(width, num_classes + 1),
                        min_size=tuple(min_size), max_size=max_size, box_batch_size_per_image=rois,
-                       rpn_post_nms_top_n_test=min(1000, 2 * rois), **parts)
+                       rpn_post_nms_top_n_test=min(1000, 2 * rois), image_mean=list(mean),
+                       image_std=list(std), **parts)
     for name in ("backbone.fpn.", "roi_heads.box_head.") if detector == "fpn" else ():
         prefix = next((k[:k.index(name)] + name for k in rest if name in k), None)
         found = {k[len(prefix):]: v for k, v in rest.items() if k.startswith(prefix or name)}
@@ -683,7 +704,8 @@ def train(args, device):
     check(args, fraction=(1e-9, 1), train_scenes=(1, inf), test_scenes=(1, inf),
           iterations=(1, inf), batch_size=(1, inf), lr=(0, inf), warmup=(0, inf),
           weight_decay=(0, inf), min_size=(32, inf), max_size=(32, inf), fpn_channels=(1, inf),
-          anchor_size=(1, inf), rois=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
+          mean=(0, 1), std=(1e-3, 1), anchor_size=(1, inf), rois=(1, inf), workers=(0, inf),
+          seed=(0, inf), log_every=(1, inf))
     if args.detector == "c4" and args.box_head:
         raise InputError("--box-head is of the fpn detector; c4's is Res5")
     if args.eval_only:
@@ -695,7 +717,7 @@ def train(args, device):
     torch.manual_seed(args.seed)
     model = build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
                            args.min_size, args.max_size, args.anchor_size, args.rois,
-                           args.weights, args.box_head).to(device)
+                           args.weights, args.box_head, args.mean, args.std).to(device)
     if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     if device.type == "cuda":

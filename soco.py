@@ -52,8 +52,7 @@ Where this differs from the talk, or it is silent (then: the authors' public con
       The bounds are 48, 96 and 192 pixels of a view of any size: in the built-in scenes' views of
       64, no box is of P4 or P5, whose last convolutions stay as they were drawn.
     - As in torchvision's Faster R-CNN, RoI Align is not shifted by half a pixel.
-    - LARS is You et al.'s (arXiv 1708.03888, Algorithm 1), with the lr outside the momentum, as in
-      torch's SGD.  The target's m goes by steps.
+    - The target's m goes by steps.
     - --proposals auto is the single strategy of selective_search.py at 224 pixels; the authors' was
       one segmentation too, k = 300, sigma 0.9, regions of 100 pixels, at full size.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.
@@ -80,7 +79,7 @@ from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2.functional import resize
 
-from common import (InputError, Run, View, add_run_arguments, check, export_backbone, launch,
+from common import (LARS, InputError, Run, View, add_run_arguments, check, export_backbone, launch,
                     load_batches, momentum_update, photometric, random_resized_crop, rank,
                     resnet_stages, save_checkpoint, seed_for, steps_per_epoch, unlabelled,
                     world_size)
@@ -313,28 +312,6 @@ class SoCo(nn.Module):
             loss = loss + there + back
             parts[f"similarity_v{i + 1}"] = -(there + back).detach() / 4
         return loss, dict(parts, **spread(v[0].detach().float()))
-
-
-class LARS(torch.optim.SGD):
-    """SGD in which every weight moves in proportion to its own length (You et al. 2017, Algorithm
-    1): its gradient g becomes (g + decay w) trust |w| / (|g| + decay |w|), but where w or g is 0.
-    Parameters of one dimension (biases, batch norm) take the plain step, without decay.  Changes
-    the gradients."""
-
-    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
-        super().__init__(params, lr, momentum)
-        self.decay, self.trust = weight_decay, trust
-
-    @torch.no_grad()
-    def step(self):
-        """One step, as SGD's."""
-        for w in (p for group in self.param_groups for p in group["params"]):
-            if w.ndim > 1 and w.grad is not None:
-                length, slope = w.norm(), w.grad.norm()
-                rate = self.trust * length / (slope + self.decay * length)
-                rate = torch.where((length > 0) & (slope > 0), rate, 1)
-                w.grad.add_(w, alpha=self.decay).mul_(rate)
-        super().step()
 
 
 def schedule(step, steps, warmup, m):

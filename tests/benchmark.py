@@ -37,7 +37,7 @@ import detco  # noqa: E402
 import dupr  # noqa: E402
 import moco_v2  # noqa: E402
 import soco  # noqa: E402
-from common import (ImageFiles, info_nce, momentum_update, photometric,  # noqa: E402
+from common import (LARS, ImageFiles, info_nce, momentum_update, photometric,  # noqa: E402
                     random_resized_crop, read_image)
 
 SIZE = (500, 375)
@@ -171,7 +171,7 @@ def make_soco_step(method, args, device):
     image = torch.randint(256, (3, SIZE[1], SIZE[0]), dtype=torch.uint8)
     views, places, _ = default_collate([
         soco.make_views((image, soco.random_boxes(*SIZE)), recipe) for _ in range(args.batch_size)])
-    optimizer = soco.LARS([p for p in model.parameters() if p.requires_grad], 0.1)
+    optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.1)
 
     def step():
         boxes = [soco.into_view(places, view.box, view.flipped, view.pixels.shape[-1]).to(device)

@@ -185,6 +185,22 @@ def test_photometric_without_chances_only_normalises():
     assert x.dtype == torch.float32
     expected = TF.normalize(pixels / 255, common.IMAGENET_MEAN, common.IMAGENET_STD)
     torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+    mean, std = [0.1, 0.2, 0.3], (0.5, 0.6, 0.7)
+    x = common.photometric(pixels, p_jitter=0, p_gray=0, p_blur=0, mean=mean, std=std)
+    torch.testing.assert_close(x, TF.normalize(pixels / 255, mean, std), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
+    make_photos(tmp_path / "data", 4)
+    make_photos(tmp_path / "data" / "large", 3, size=(300, 200), seed=1)
+    images = common.ImageFiles(tmp_path / "data")
+    pixels = torch.cat([image.flatten(1) for image in images], dim=1).double() / 255  # (3, all)
+    (tmp_path / "data" / "large" / "9.jpg").write_bytes(b"no image")
+    mean, std = common.measure_normalisation(common.ImageFiles(tmp_path / "data"), workers)
+    assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
+    assert std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-9)
+    assert f"--mean {' '.join(f'{v:.4f}' for v in mean)} --std" in capsys.readouterr().out
 
 
 def test_photometric_chances_and_strengths_are_each_images_own():
@@ -263,6 +279,25 @@ def test_stages_equal_torchvisions_resnet(arch, channels):
     torch.testing.assert_close(theirs.fc(stages[-1].mean((2, 3))), theirs(x))
     with pytest.raises(InputError, match="unknown architecture"):
         common.resnet_stages("resnet19")
+
+
+@pytest.mark.parametrize("arch", ["swin_t", "swin_v2_t"])
+def test_stages_equal_torchvisions_swin(arch):
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(arch, weights=None).eval()
+    ours = common.backbone_stages(arch).eval()
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("head.")}
+    ours.load_state_dict(state)  # strict: the very names
+    x = torch.randn(1, 3, 64, 96)
+    stages = ours(x)
+    assert [s.shape for s in stages] == [(1, 96 * s // 4, 64 // s, 96 // s) for s in (4, 8, 16, 32)]
+    assert ours.channels == [96, 192, 384, 768]
+    torch.testing.assert_close(theirs.head(stages[-1].mean((2, 3))), theirs(x))
+    torch.testing.assert_close(stages[1].permute(0, 2, 3, 1), theirs.features[:4](x))
+    for name in ("swin_x", "swin3d_t", "resnet19"):
+        with pytest.raises(InputError, match="unknown architecture"):
+            common.backbone_stages(name)
+    assert isinstance(common.backbone_stages("resnet18"), common.ResNetStages)
 
 
 def test_split_batch_norm_equals_one_module_a_group():
@@ -451,6 +486,40 @@ def test_contrast_statistics_by_hand():
     assert not any(common.contrast_statistics(q[:0], k[:0], k).values())
 
 
+def test_lars_by_hand():
+    w, b = torch.nn.Parameter(torch.tensor([[3., 4]])), torch.nn.Parameter(torch.tensor([2.]))
+    zero = torch.nn.Parameter(torch.zeros(1, 2))
+    optimizer = common.LARS([w, b, zero], lr=10.0, momentum=0.9, weight_decay=0.1, trust=0.001)
+    for p, gradient in ((w, [[0., 2]]), (b, [0.5]), (zero, [[1., 0]])):
+        p.grad = torch.tensor(gradient)
+    optimizer.step()
+    # |w| 5, |g| 2: rate 0.001 * 5 / (2 + 0.5) = 0.002; (g + 0.1 w) rate = (0.0006, 0.0048)
+    torch.testing.assert_close(w.data, torch.tensor([[3 - 0.006, 4 - 0.048]]))
+    assert b.item() == pytest.approx(2 - 10 * 0.5) and zero.tolist() == [[-10, 0]]
+    w.grad, b.grad, zero.grad = torch.zeros(1, 2), torch.tensor([1.0]), None
+    optimizer.step()  # without a gradient the plain step, of the decay; and 0.9 of the last one
+    expected = torch.tensor([[3 - 0.006, 4 - 0.048]])
+    expected = expected - 10 * (0.9 * torch.tensor([[0.0006, 0.0048]]) + 0.1 * expected)
+    torch.testing.assert_close(w.data, expected)
+    assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1))
+    again = common.LARS([w, b, zero], lr=1.0)
+    again.load_state_dict(optimizer.state_dict())
+    torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([1.45]))
+
+
+@pytest.mark.parametrize("number, dim", [(5, 3), (4, 1)])
+def test_drawn_correlation_equals_a_loop(tmp_path, number, dim):
+    torch.manual_seed(0)
+    z1, z2 = torch.randn(2, number, dim)
+    z2[:, 0] = 0.3  # a constant dimension correlates with nothing
+    matrix = common.draw_correlation(z1, z2, tmp_path / "correlation.png")
+    for i, j in itertools.product(range(dim), repeat=2):
+        a, b = z1[:, i] - z1[:, i].mean(), z2[:, j] - z2[:, j].mean()
+        expected = 0 if j == 0 else (a @ b / (a.norm() * b.norm())).item()
+        assert matrix[i, j] == pytest.approx(expected, abs=1e-6)
+    assert (tmp_path / "correlation.png").stat().st_size > 5000
+
+
 # ------------------------------------------------------------------------ checkpoints and backbones
 
 
@@ -624,6 +693,35 @@ def test_load_backbone_refuses_what_does_not_fit(tmp_path, resnets):
     with pytest.raises(InputError, match="no such file"):
         common.load_backbone(stages, tmp_path / "none.pt")
     assert not any(v.any() for v in stages.state_dict().values())  # nothing was loaded
+
+
+def test_load_backbone_of_a_swin(tmp_path, capsys, resnets):
+    def small(blocks):
+        return torchvision.models.SwinTransformer([4, 4], 8, [1, 1, blocks, 1], [1] * 4, [7, 7])
+
+    path, state, stages = tmp_path / "file.pt", small(2).state_dict(), common.SwinStages(small(2))
+    for file, prefix, more in (
+            (state, "", 2), (dict(model=under("module.stages.", state)), "module.stages.", 2),
+            ({k: v for k, v in state.items() if "head" not in k}, "", 0)):
+        for p in stages.parameters():
+            nn.init.zeros_(p)
+        torch.save(file, path)
+        assert len(common.load_backbone(stages, path)) == more
+        assert equal(stages.state_dict(), {k: v for k, v in state.items() if "head" not in k})
+        assert f"tensors loaded from '{prefix}*', 0 missing, {more} unex" in capsys.readouterr().out
+    common.export_backbone(stages, path)
+    found = small(2).load_state_dict(torch.load(path, weights_only=True), strict=False)
+    assert found.missing_keys == ["head.weight", "head.bias"] and not found.unexpected_keys
+    for file, message in (
+            (small(3).state_dict(), "features.5.2.norm1.weight has no place"),
+            ({k: v for k, v in state.items() if k != "norm.bias"}, "norm.bias is missing"),
+            (resnets[2], "holds no Swin Transformer: no features.0.0.weight")):
+        torch.save(file, path)
+        with pytest.raises(InputError, match=message):
+            common.load_backbone(stages, path)
+    torch.save(state, path)
+    with pytest.raises(InputError, match="holds no ResNet"):
+        common.load_backbone(blank("resnet18"), path)
 
 
 def test_what_is_no_file_of_tensors_comes_without_advice(tmp_path):

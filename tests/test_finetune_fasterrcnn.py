@@ -665,6 +665,31 @@ def test_every_layer_of_the_detector_trains(detector, norms):
     assert all(not torch.equal(a, m.running_mean) for a, m in zip(before, found))
 
 
+def test_a_detector_on_a_swin(tmp_path):
+    torch.manual_seed(0)
+    common.export_backbone(common.backbone_stages("swin_t"), tmp_path / "backbone.pt")
+    model = ft.build_detector("swin_t", 6, "fpn", **SMALL, weights=tmp_path / "backbone.pt",
+                              mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).train()
+    body = {k: v for k, v in model.backbone.body.state_dict().items()}
+    saved = torch.load(tmp_path / "backbone.pt", weights_only=True)
+    assert body.keys() == saved.keys() and all(torch.equal(body[k], saved[k]) for k in body)
+    assert (model.transform.image_mean, model.transform.image_std) == ([0.1, 0.2, 0.3],
+                                                                       [0.4, 0.5, 0.6])
+    pyramid = model.backbone(torch.randn(1, 3, 64, 96))
+    assert [(k, tuple(v.shape)) for k, v in pyramid.items()] == [
+        (k, (1, 16, 64 // s, 96 // s)) for k, s in zip("0123", (4, 8, 16, 32))] + [
+        ("pool", (1, 16, 1, 2))]
+    for module in model.modules():
+        if type(module).__name__ == "StochasticDepth":
+            module.p = 0.0  # it would leave out what this counts
+    targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1]))]
+    sum(model([torch.rand(3, 64, 64)], targets).values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert all(p.grad.any() for p in model.backbone.parameters())
+    with pytest.raises(InputError, match="--detector c4 is of ResNets, swin_t needs"):
+        ft.build_detector("swin_t", 6, "c4", **SMALL)
+
+
 RESNET50 = {"conv1.weight": (64, 3, 7, 7), "bn1.running_var": (64,),
             "layer1.0.downsample.0.weight": (256, 64, 1, 1),
             "layer2.3.conv2.weight": (128, 128, 3, 3),

@@ -20,12 +20,14 @@ DETCO = ["detco.py", *MOCO[1:], "--local-size", "54"]
 DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--rand-augment"]
 SOCO = ("soco.py --scenes 48 --epochs 5 --batch-size 16 --image-size 32 --small-size 32 "
         "--fpn-channels 8 --hidden 24 --dim 16 --log-every 2").split()
+BARLOW = ("barlow_twins.py --scenes 48 --epochs 7 --batch-size 16 --image-size 32 --dim 16 "
+          "--log-every 2").split()
 DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 16 "
             "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 "
             "--log-every 2").split()
 C4 = [*DETECTOR, "--detector", "c4", "--optimizer", "adam"]
 STEPS = {"moco_v2.py": 27, "detco.py": 27, "dupr.py": 27, "soco.py": 15,
-         "finetune_fasterrcnn.py": 16}
+         "barlow_twins.py": 21, "finetune_fasterrcnn.py": 16}
 
 
 def assert_identical(a, b, path="checkpoint"):
@@ -61,7 +63,7 @@ def interrupt(words, out, processes, number, whole_group):
 @pytest.mark.parametrize("script, workers, processes, number, whole_group", [
     (MOCO, 1, 2, signal.SIGTERM, False),  # to torchrun alone: the others must follow it
     (DETCO, 2, 0, signal.SIGTERM, False), (DUPR, 1, 0, signal.SIGINT, True),
-    (SOCO, 1, 0, signal.SIGKILL, True), (DETECTOR, 2, 0, signal.SIGKILL, True),
+    (SOCO, 1, 0, signal.SIGKILL, True), (BARLOW, 1, 2, signal.SIGINT, True), (DETECTOR, 2, 0, signal.SIGKILL, True),
     (C4, 0, 2, signal.SIGINT, True)])
 def test_stopped_and_started_again_ends_bit_identical(tmp_path, script, workers, processes, number,
                                                       whole_group):
@@ -92,6 +94,8 @@ def test_stopped_and_started_again_ends_bit_identical(tmp_path, script, workers,
     names = {"args.json", "checkpoint.pt", "curves.png", "log.csv"}
     fine_tuned = script[0] == "finetune_fasterrcnn.py"
     names |= {"ap.json", "detections.png"} if fine_tuned else {"backbone.pt"}
+    if script is BARLOW:
+        names.add("correlation.png")
     if script is SOCO:
         names |= {"detector.pt", "proposals.npz"}
         momenta = [float(row["momentum"]) for row in logs[1]]  # 0.99 to 1, over the whole run

@@ -314,27 +314,6 @@ def test_jitter_moves_half_of_the_boxes_by_a_tenth_of_their_sides():
 # -------------------------------------------------------------------------- optimizer and schedule
 
 
-def test_lars_by_hand():
-    w, b = torch.nn.Parameter(torch.tensor([[3., 4]])), torch.nn.Parameter(torch.tensor([2.]))
-    zero = torch.nn.Parameter(torch.zeros(1, 2))
-    optimizer = soco.LARS([w, b, zero], lr=10.0, momentum=0.9, weight_decay=0.1, trust=0.001)
-    for p, gradient in ((w, [[0., 2]]), (b, [0.5]), (zero, [[1., 0]])):
-        p.grad = torch.tensor(gradient)
-    optimizer.step()
-    # |w| 5, |g| 2: rate 0.001 * 5 / (2 + 0.5) = 0.002; (g + 0.1 w) rate = (0.0006, 0.0048)
-    torch.testing.assert_close(w.data, torch.tensor([[3 - 0.006, 4 - 0.048]]))
-    assert b.item() == pytest.approx(2 - 10 * 0.5) and zero.tolist() == [[-10, 0]]
-    w.grad, b.grad, zero.grad = torch.zeros(1, 2), torch.tensor([1.0]), None
-    optimizer.step()  # without a gradient the plain step, of the decay; and 0.9 of the last one
-    expected = torch.tensor([[3 - 0.006, 4 - 0.048]])
-    expected = expected - 10 * (0.9 * torch.tensor([[0.0006, 0.0048]]) + 0.1 * expected)
-    torch.testing.assert_close(w.data, expected)
-    assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1))
-    again = soco.LARS([w, b, zero], lr=1.0)
-    again.load_state_dict(optimizer.state_dict())
-    torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([1.45]))
-
-
 def test_schedules():
     found = [soco.schedule(step, 100, 10, 0.99) for step in range(100)]
     factors, momenta = zip(*found)
@@ -426,7 +405,7 @@ def test_a_run_written_out(tmp_path):
     found = selective_search.read_proposals(tmp_path / "proposals.npz")
     torch.manual_seed(0)
     model = soco.SoCo(**SMALL)
-    optimizer = soco.LARS([p for p in model.parameters() if p.requires_grad], 0.0,
+    optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], 0.0,
                           weight_decay=1e-5)
     losses, whole = [], []
     for step in range(2):
