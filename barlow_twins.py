@@ -26,22 +26,23 @@ Commands
     python barlow_twins.py --data DIR --measure-normalisation    what --mean and --std should be
     torchrun barlow_twins.py --data DIR --batch-size 256         one GPU
     torchrun --nproc_per_node=8 barlow_twins.py --data DIR       eight
-    torchrun --nproc_per_node=8 barlow_twins.py --data DIR --arch swin_t
+    torchrun --nproc_per_node=8 barlow_twins.py --data DIR --arch swin_t --out runs/barlow_swin
     python finetune_fasterrcnn.py --weights runs/barlow_twins/backbone.pt --optimizer adam
 
 Where this differs from the paper, or it is silent
-    - Projector (2048 wide; the paper's 8192), crops (at least 40% of it; 8%) and epochs (150)
-      are those of a report by Rajamohan, Liu and Wang, who pre-trained for detection with half a
-      million images.
+    - A projector 2048 wide (the paper's: 8192), crops of at least 40% of the image (8%) and 150
+      epochs (1000) are those of a report by Rajamohan, Liu and Wang, who pre-trained for detection
+      with half a million images.
     - The learning rate of weights follows the batch size: LEARNING_RATES, which the authors gave
       for 300 epochs (github.com/facebookresearch/barlowtwins/issues/7), between them on the
-      logarithm of the batch size.
-    - Each z is divided by sqrt(variance + 1e-5), as in the authors' code.
+      logarithm of the batch size, below 128 as for 128.
+    - lambda (the paper's: 0.005), weight decay (1.5e-6), blur and solarize, and the 1e-5 in each
+      deviation, sqrt(variance + 1e-5), are the authors' code's.
     - Gradients are those of one process with the whole batch.  The authors' are smaller by the
       number of processes, which LARS undoes, but not for biases and batch norm.
     - The last batch norm of a residual block starts at one, the authors' at zero.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.  bfloat16
-      on GPUs; embeddings and loss are float32.
+      on GPUs; the loss is float32.
 """
 import argparse
 import math
@@ -58,12 +59,12 @@ from common import (IMAGENET_MEAN, IMAGENET_STD, LARS, InputError, Run, add_run_
                     load_batches, measure_normalisation, photometric, random_resized_crop, rank,
                     seed_for, steps_per_epoch, summed, unlabelled, world_size)
 
-LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2}  # of a batch size
+LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}  # batch
 
 
 def parse_args(argv=None):
     """The report's recipe by default; without --data, a small one for the built-in scenes."""
-    parser = argparse.ArgumentParser(description="Pre-train a ResNet with Barlow Twins.")
+    parser = argparse.ArgumentParser(description="Pre-train a backbone with Barlow Twins.")
     add = parser.add_argument_group("recipe (section of the paper)").add_argument
     parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet or Swin Transformer")
@@ -77,18 +78,18 @@ def parse_args(argv=None):
     add("--image-size", type=int, default=224, help="side of a view in pixels (2.2)")
     add("--crop-scale", type=float, default=0.4, help="least share of the image in a view (the "
         "report, 2)")
-    add("--p-blur", type=float, nargs=2, default=[1.0, 0.1], metavar="P", help="each view's (A)")
+    add("--p-blur", type=float, nargs=2, default=[1.0, 0.1], metavar="P", help="each view's")
     add("--mean", type=float, nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, green "
         "and blue, in 0..1 (default: ImageNet's)")
     add("--std", type=float, nargs=3, default=[*IMAGENET_STD], metavar="S", help="their deviations")
     add("--dim", type=int, default=2048, help="D, and the hidden layers' width (the report, 2)")
-    add("--lambd", type=float, default=0.0051, help="lambda (2.2)")
+    add("--lambd", type=float, default=0.0051, help="lambda (the authors' code)")
     add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
     add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
     add_run_arguments(parser, out="runs/barlow_twins")
     if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=64, epochs=6, batch_size=64, lr=4.0,
-                            warmup=1, p_blur=[0.0, 0.0], dim=256)
+        parser.set_defaults(arch="resnet18", image_size=48, epochs=7, batch_size=128, lr=4.0,
+                            warmup=1, p_blur=[0.0, 0.0], dim=128, lambd=0.1)
     return parser.parse_args(argv)
 
 
@@ -111,8 +112,8 @@ def cross_correlation(z1, z2):
 def barlow_twins_loss(z1, z2, lambd=0.0051):
     """Eq. (1) of embeddings (N, D) -> a float32 scalar, and its two sums, not weighted.
 
-    The same in all processes; 0 where z1 = z2 have D unrelated dimensions, D where they are
-    constant.
+    The same in all processes; 0 where z1 = z2 have D unrelated dimensions (more rows than D at
+    least), D where they are constant.
     """
     c = cross_correlation(z1, z2)
     diagonal = c.diagonal()
@@ -137,8 +138,8 @@ class BarlowTwins(nn.Module):
         return self.projector(last.mean((2, 3)))
 
     def forward(self, view1, view2):
-        """Two views (B, 3, H, W) -> loss, what to log: the mean deviation of a dimension among
-        it, of each view's embeddings, and the least one."""
+        """Two views (B, 3, H, W) -> loss, what to log: besides its sums the deviations of this
+        process's embeddings, their mean over the dimensions of each view, and the least one."""
         z1, z2 = self.embed(view1), self.embed(view2)  # (B, D) each
         loss, parts = barlow_twins_loss(z1, z2, self.lambd)
         spread = torch.stack([z1, z2]).detach().float().std(1, correction=0)  # (2, D)
@@ -165,7 +166,7 @@ def train(args, device):
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    if args.batch_size == world_size():
+    if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
         raise InputError(f"batch size {args.batch_size}: batch norm needs two images a process")
 
     torch.manual_seed(args.seed)
@@ -180,13 +181,14 @@ def train(args, device):
         lr = float(np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
                              [*LEARNING_RATES.values()]))
     rates = [rate * args.batch_size / 256 for rate in (lr, args.lr_biases)]
-    steps = args.epochs * per_epoch
-    optimizer = LARS([dict(params=[p for p in model.parameters() if (p.ndim > 1) == weights])
-                      for weights in (True, False)], rates[0], weight_decay=args.weight_decay)
+    steps, parameters = args.epochs * per_epoch, [*model.parameters()]
+    groups = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
+    optimizer = LARS([dict(params=group) for group in groups], rates[0],
+                     weight_decay=args.weight_decay)
     run = Run(args, "barlow_twins", images, steps, per_epoch,
               dict(model=model, optimizer=optimizer))
-    run.say(f"lr {lr:.3g} for each 256 images, {'as asked' if args.lr else 'for this batch size'}: "
-            f"{rates[0]:.3g} with {args.batch_size}")
+    why = "for this batch size" if args.lr is None else "as asked"
+    run.say(f"lr {lr:.3g} for each 256 images, {why}: {rates[0]:.3g} with {args.batch_size}")
 
     def batches(steps):
         """view1, view2 on the device, their colours drawn from (seed, step, rank)."""

@@ -1,5 +1,5 @@
 """What the methods share and no paper claims: images and views, backbone stages, processes, runs;
-and what three of them use to the letter: queue, InfoNCE, momentum update, shuffling BN.
+and what three of them use to the letter: queue, InfoNCE, momentum update, shuffling BN, LARS.
 
 Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss.
 The way of an image: file -> worker: decode, cut the views with their exact rectangles (uint8) ->
@@ -295,22 +295,30 @@ class _Histograms(Dataset):
 def measure_normalisation(images, workers=0):
     """Mean and standard deviation of red, green and blue, over all pixels of all images.
 
-    images: ImageFiles or Scenes; those that cannot be decoded do not count.  Prints, in the first
-    process, what photometric and the commands want.  Returns two lists of 3, in 0..1.
+    images: ImageFiles or Scenes; those that cannot be decoded are left out and named.  Prints them
+    as the commands take them.  Returns two lists of 3, in 0..1; only the first process works.
+    InputError: over 1% of the images cannot be decoded.
     """
+    if rank():
+        return None
     loader = DataLoader(_Histograms(images), batch_size=None, num_workers=workers,
                         worker_init_fn=leave_group)
     counts, value = torch.zeros(3, 256, dtype=torch.long), torch.arange(256).double() / 255
     for done, histogram in enumerate(loader, 1):
         counts += histogram
-        if rank() == 0 and done % 10000 == 0:
+        if done % 10000 == 0:
             print(f"{done} of {len(images)} images", flush=True)
+    broken = [p for p, b in zip(getattr(images, "paths", ()), getattr(images, "broken", ())) if b]
+    if len(broken) > 0.01 * len(images):
+        raise InputError(f"{len(broken)} of {len(images)} images cannot be decoded: over 1% "
+                         f"({broken[0]} is one)")
+    for path in broken:
+        print(f"cannot decode {path}: left out")
     share = counts / counts.sum(1, keepdim=True).double()  # (3, 256)
     mean = (share * value).sum(1)  # (3,)
     std = (share * (value - mean.unsqueeze(1)) ** 2).sum(1).sqrt()  # (3,)
-    if rank() == 0:
-        print(f"{len(images)} images:  --mean {' '.join(f'{v:.4f}' for v in mean)}"
-              f" --std {' '.join(f'{v:.4f}' for v in std)}", flush=True)
+    print(f"{len(images) - len(broken)} images:  --mean {' '.join(f'{v:.4f}' for v in mean)}"
+          f" --std {' '.join(f'{v:.4f}' for v in std)}", flush=True)
     return mean.tolist(), std.tolist()
 
 
@@ -430,7 +438,7 @@ def mlp(c_in, hidden, c_out):
     return nn.Sequential(nn.Linear(c_in, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, c_out))
 
 
-# --------------------------------------------------------------- contrast: InfoNCE, queue, momentum
+# --------------------------------------------------------- contrast: InfoNCE, queue, momentum; LARS
 
 
 def info_nce(q, k, negatives, tau, chunk=None):
@@ -590,7 +598,7 @@ def all_gather(x):
     return everyone
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(torch.autograd.Function):  # torch.distributed.nn's all_reduce, which is deprecated
     @staticmethod
     def forward(_ctx, x):
         x = x.clone(memory_format=torch.contiguous_format)
@@ -693,7 +701,7 @@ def load_checkpoint(path):
 
 
 def export_backbone(stages, path):
-    """Write a ResNetStages under torchvision's own parameter names."""
+    """Write a ResNetStages or SwinStages under torchvision's own parameter names."""
     state = {k: v.detach().cpu().contiguous().clone() for k, v in stages.state_dict().items()}
     save_checkpoint(path, **state)
 
@@ -972,27 +980,29 @@ def draw_curves(table, path):
 
 
 def draw_correlation(z1, z2, path):
-    """Draw how each dimension of z1 correlates with each of z2, both (N, D), over their N rows.
+    """Draw how each dimension of z1 correlates with each of z2, both (N, D), over their N rows: the
+    matrix of the first 128 dimensions, and how the correlations of all are distributed.
 
     Returns the matrix (D, D), 0 where a dimension is constant.
     """
     from matplotlib.figure import Figure
     number, dim = z1.shape
-    one, two = (z.double().cpu().numpy() for z in (z1, z2))
-    with np.errstate(invalid="ignore", divide="ignore"):
-        matrix = np.nan_to_num(np.corrcoef(one, two, rowvar=False)[:dim, dim:])
-    diagonal, others = np.diag(matrix), matrix[~np.eye(dim, dtype=bool)]
+    one, two = (F.normalize(z.double() - z.double().mean(0), dim=0) for z in (z1, z2))
+    matrix = (one.T @ two).cpu().numpy()
     figure = Figure((11, 5), layout="constrained")
     left, right = figure.subplots(1, 2)
-    shown = left.imshow(matrix, "RdBu_r", vmin=-1, vmax=1)
-    left.set(title=f"cross-correlation of the embeddings of {number} pairs",
+    shown = left.imshow(matrix[:128, :128], "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    left.set(title=f"correlation over {number} pairs, dimensions 1 to {min(dim, 128)} of {dim}",
              xlabel="dimension, second view", ylabel="dimension, first view")
     figure.colorbar(shown, ax=left)
-    for values, name in ((diagonal, "same"), (others, "different"))[:dim]:
+    for name, values in (("same", matrix.diagonal()),
+                         ("different", matrix[~np.eye(dim, dtype=bool)])):
+        if not values.size:
+            continue
         right.hist(values, np.linspace(-1, 1, 81), density=True, alpha=0.6,
-                   label=f"{name} dimension: mean {values.mean():.2f}, root mean\nsquare "
-                         f"{np.sqrt((values ** 2).mean()):.2f}")
-    right.set(title=f"unrelated dimensions would have a root mean square of {number ** -0.5:.2f}",
+                   label=f"{name} dimension: mean {values.mean():.2f}, "
+                         f"rms {np.sqrt((values ** 2).mean()):.2f}")
+    right.set(title=f"all {dim} dimensions; by chance: rms {(number - 1) ** -0.5:.2f}",
               xlabel="correlation", ylabel="density")
     right.legend()
     figure.savefig(path, dpi=80)

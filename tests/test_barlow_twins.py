@@ -10,6 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import barlow_twins
 import common
+import vicreg
 from scenes import Scenes
 
 SMALL = dict(arch="resnet18", dim=24, lambd=0.02)
@@ -177,17 +178,22 @@ def test_defaults_are_the_recipe_unless_scenes_are_used():
     assert barlow_twins.parse_args([]).arch == "resnet18"
 
 
-def test_schedule():
-    factors = [barlow_twins.schedule(step, 100, 10) for step in range(100)]
+@pytest.mark.parametrize("method", [barlow_twins, vicreg])
+def test_schedule(method):
+    factors = [method.schedule(step, 100, 10) for step in range(101)]
     assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert factors[10] == 1 and factors[55] == pytest.approx(0.5005)
-    assert factors[99] == pytest.approx(0.001, abs=1e-3) and barlow_twins.schedule(0, 1, 0) == 1
+    assert factors[99] == pytest.approx(0.0013, rel=0.01) and factors[100] == pytest.approx(0.001)
+    assert method.schedule(0, 1, 0) == 1
 
 
-@pytest.mark.parametrize("batch_size, lr", [(128, 0.7), (256, 0.4), (512, 0.3), (1024, 0.25),
-                                            (2048, 0.2), (4096, 0.2), (64, 0.7),
-                                            (724, 0.3 - 0.05 * math.log2(724 / 512))])
-def test_the_published_learning_rates(tmp_path, capsys, monkeypatch, batch_size, lr):
+@pytest.mark.parametrize("method, model, batch_size, lr", [
+    *((barlow_twins, barlow_twins.BarlowTwins, *row) for row in (
+        (128, 0.7), (256, 0.4), (512, 0.3), (1024, 0.25), (2048, 0.2), (4096, 0.2), (64, 0.7),
+        (724, 0.3 - 0.05 * math.log2(724 / 512)))),
+    *((vicreg, vicreg.VICReg, *row) for row in (
+        (128, 0.8), (256, 0.5), (512, 0.4), (1024, 0.3), (2048, 0.3), (8192, 0.3)))])
+def test_learning_rates_by_batch_size(tmp_path, capsys, monkeypatch, method, model, batch_size, lr):
     started = []
 
     class Stop(Exception):
@@ -198,27 +204,33 @@ def test_the_published_learning_rates(tmp_path, capsys, monkeypatch, batch_size,
         raise Stop
 
     monkeypatch.setattr(common.Run, "end_step", first_step)
-    monkeypatch.setattr(barlow_twins.BarlowTwins, "forward", lambda model, a, b: (
+    monkeypatch.setattr(model, "forward", lambda model, a, b: (
         sum(p.sum() for p in model.parameters()), {}))
-    monkeypatch.setattr(barlow_twins, "load_batches", lambda *_args: iter([(
+    monkeypatch.setattr(method, "load_batches", lambda *_args: iter([(
         common.View(torch.zeros(2, 3, 16, 16, dtype=torch.uint8), None, None),) * 2]))
-    monkeypatch.setattr(barlow_twins, "unlabelled", lambda *_args: range(batch_size))
+    monkeypatch.setattr(method, "unlabelled", lambda *_args: range(batch_size))
     words = ["--arch", "resnet18", "--dim", "8", "--warmup", "0", "--batch-size", str(batch_size)]
     with pytest.raises(Stop):
-        barlow_twins.main(["--data", "x", *words, "--out", str(tmp_path)])
-    assert started[0] == pytest.approx([lr * batch_size / 256, 0.0048 * batch_size / 256])
+        method.main(["--data", "x", *words, "--out", str(tmp_path)])
+    rates = [lr * batch_size / 256, 0.0048 * batch_size / 256]
+    assert started[0] == pytest.approx(rates if method is barlow_twins else rates[:1])
     assert f"lr {lr:.3g} for each 256 images, for this batch size" in capsys.readouterr().out
 
 
-def test_a_run_written_out(tmp_path):
+@pytest.mark.parametrize("method", [barlow_twins, vicreg])
+def test_a_run_written_out(tmp_path, monkeypatch, method):
     """Views, colours, learning rates, LARS: two steps of a run, its log, and the drawn matrix."""
+    drawn_from = []
+    monkeypatch.setattr(method, "draw_correlation", lambda *args: drawn_from.append(args) or
+                        common.draw_correlation(*args))
     torch.set_num_threads(1)
     words = [*TINY, "--epochs", "1", "--warmup", "1", "--lr", "2", "--p-blur", "0.9", "0.1",
              "--mean", "0.4", "0.5", "0.6", "--std", "0.2", "0.3", "0.4"]
-    barlow_twins.main([*words, "--out", str(tmp_path)])
+    method.main([*words, "--out", str(tmp_path)])
     scenes = Scenes(32, size=96, seed=0)
     torch.manual_seed(0)
-    model = barlow_twins.BarlowTwins("resnet18", 16)
+    model = (barlow_twins.BarlowTwins("resnet18", 16, 0.1) if method is barlow_twins else
+             vicreg.VICReg("resnet18", 16))
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     optimizer = common.LARS([dict(params=weights), dict(params=others)], 1, weight_decay=1e-6)
@@ -229,7 +241,7 @@ def test_a_run_written_out(tmp_path):
         drawn = []
         for i in order.tolist():
             torch.manual_seed(common.seed_for(0, epoch, i))
-            drawn.append(barlow_twins.two_views(scenes[i], 32, (0.4, 1)))
+            drawn.append([common.random_resized_crop(scenes[i], 32, (0.4, 1)) for _ in range(2)])
         torch.manual_seed(common.seed_for(0, step, 0))
         views = [common.photometric(torch.stack([d[v].pixels for d in drawn]), (0.4, 0.4, 0.2, 0.1),
                                     p_blur=(0.9, 0.1)[v], p_solarize=(0, 0.2)[v],
@@ -239,7 +251,8 @@ def test_a_run_written_out(tmp_path):
         loss, _ = model(*views)
         optimizer.zero_grad()
         loss.backward()
-        for group, rate in zip(optimizer.param_groups, (2, 0.0048)):
+        for group, rate in zip(optimizer.param_groups,
+                               (2, 0.0048 if method is barlow_twins else 2)):
             group["lr"] = rate * 16 / 256 * (step + 1) / 2
         optimizer.step()
         losses.append(loss.item())
@@ -248,7 +261,10 @@ def test_a_run_written_out(tmp_path):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(saved[name], value, atol=1e-5, rtol=1e-4)
     backbone = common.load_checkpoint(tmp_path / "backbone.pt")
-    assert torch.equal(backbone["layer4.1.bn2.running_var"], saved["stages.layer4.1.bn2.running_var"])
+    assert all(torch.equal(v, saved[f"stages.{k}"]) for k, v in backbone.items())
+    with torch.no_grad():
+        for found, view in zip(drawn_from[0], views):
+            torch.testing.assert_close(found, model.eval().embed(view), atol=1e-4, rtol=1e-3)
     with Image.open(tmp_path / "correlation.png") as image:
         assert image.size == (880, 400)
 

@@ -31,7 +31,8 @@ FOUND = list(commands())
 def test_there_are_commands():
     assert len([name for name, *_ in FOUND if name == "README.md"]) >= 6
     assert {script for _, script, _ in FOUND} >= {"moco_v2", "finetune_fasterrcnn", "scenes"}
-    assert {*METHODS} >= {"moco_v2", "detco", "dupr", "soco", "selective_search"}
+    assert {*METHODS} >= {"moco_v2", "detco", "dupr", "soco", "selective_search", "barlow_twins",
+                          "vicreg"}
 
 
 @pytest.mark.parametrize("name, script, words", FOUND)

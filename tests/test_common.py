@@ -197,10 +197,17 @@ def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
     images = common.ImageFiles(tmp_path / "data")
     pixels = torch.cat([image.flatten(1) for image in images], dim=1).double() / 255  # (3, all)
     (tmp_path / "data" / "large" / "9.jpg").write_bytes(b"no image")
-    mean, std = common.measure_normalisation(common.ImageFiles(tmp_path / "data"), workers)
+    images = common.ImageFiles(tmp_path / "data")
+    with pytest.raises(InputError, match=r"1 of 8 images cannot be decoded: over 1% \(.*9.jpg is"):
+        common.measure_normalisation(images, workers)
+    images.paths = [*images.paths[:-1] * 15, images.paths[-1]]  # 1 of 106
+    images.broken = images.broken.new_zeros(106).share_memory_()
+    mean, std = common.measure_normalisation(images, workers)
     assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
     assert std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-9)
-    assert f"--mean {' '.join(f'{v:.4f}' for v in mean)} --std" in capsys.readouterr().out
+    assert capsys.readouterr().out == (
+        f"cannot decode {images.paths[-1]}: left out\n105 images:  "
+        f"--mean {' '.join(f'{v:.4f}' for v in mean)} --std {' '.join(f'{v:.4f}' for v in std)}\n")
 
 
 def test_photometric_chances_and_strengths_are_each_images_own():
@@ -517,7 +524,16 @@ def test_drawn_correlation_equals_a_loop(tmp_path, number, dim):
         a, b = z1[:, i] - z1[:, i].mean(), z2[:, j] - z2[:, j].mean()
         expected = 0 if j == 0 else (a @ b / (a.norm() * b.norm())).item()
         assert matrix[i, j] == pytest.approx(expected, abs=1e-6)
-    assert (tmp_path / "correlation.png").stat().st_size > 5000
+
+
+def test_a_drawn_diagonal_is_seen(tmp_path):
+    """Also where there are more dimensions than the picture has pixels."""
+    z = torch.randn(1024, 600)
+    common.draw_correlation(z, z + 0.1 * torch.randn(1024, 600), tmp_path / "correlation.png")
+    with Image.open(tmp_path / "correlation.png") as image:
+        pixels = np.array(image.convert("RGB"))[:, :330].astype(int)  # without the colour bar
+    dark_red = (pixels[..., 0] < 150) & (pixels[..., 0] > 80) & (pixels[..., 1:] < 60).all(-1)
+    assert dark_red.sum() > 250 and dark_red.any(0).sum() > 250
 
 
 # ------------------------------------------------------------------------ checkpoints and backbones

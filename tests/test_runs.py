@@ -63,8 +63,8 @@ def interrupt(words, out, processes, number, whole_group):
 @pytest.mark.parametrize("script, workers, processes, number, whole_group", [
     (MOCO, 1, 2, signal.SIGTERM, False),  # to torchrun alone: the others must follow it
     (DETCO, 2, 0, signal.SIGTERM, False), (DUPR, 1, 0, signal.SIGINT, True),
-    (SOCO, 1, 0, signal.SIGKILL, True), (BARLOW, 1, 2, signal.SIGINT, True), (DETECTOR, 2, 0, signal.SIGKILL, True),
-    (C4, 0, 2, signal.SIGINT, True)])
+    (SOCO, 1, 0, signal.SIGKILL, True), (BARLOW, 1, 2, signal.SIGINT, True),
+    (DETECTOR, 2, 0, signal.SIGKILL, True), (C4, 0, 2, signal.SIGINT, True)])
 def test_stopped_and_started_again_ends_bit_identical(tmp_path, script, workers, processes, number,
                                                       whole_group):
     words = [*script, "--workers", workers]

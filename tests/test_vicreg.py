@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import column, start_processes
+from conftest import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 import common
@@ -130,15 +130,17 @@ def test_two_processes_equal_one(tmp_path):
     torch.manual_seed(0)
     model, views = vicreg.VICReg(**SMALL), torch.randn(2, 8, 3, 32, 32)
     model(*views)  # statistics of its own
+    with torch.no_grad():
+        model.projector[-2].weight *= 100  # deviations near 1, or the terms would be nearly 0
     torch.save([model.state_dict(), views], tmp_path / "in.pt")
     start_processes(half, (tmp_path,), 2)
     everyone, gradients = torch.load(tmp_path / "out.pt", weights_only=True)
     loss, parts = model.eval()(*views)
     loss.backward()
     terms = [parts[name] for name in ("invariance", "variance", "covariance")]
+    assert min(terms) > 0.01
     for found in everyone:  # the same in both
-        torch.testing.assert_close(found, torch.stack([loss.detach(), *terms]), rtol=1e-6,
-                                   atol=1e-6)
+        torch.testing.assert_close(found, torch.stack([loss.detach(), *terms]), rtol=1e-6, atol=0)
     for name, p in model.named_parameters():
         assert (gradients[name] - p.grad).norm() <= 1e-6 * p.grad.norm() + 1e-6, name
 
@@ -153,25 +155,3 @@ def test_defaults_are_the_recipe_unless_scenes_are_used():
                   invariance=25, variance=25, covariance=1)
     assert {k: args[k] for k in recipe} == recipe
     assert vicreg.parse_args([]).arch == "resnet18"
-
-
-def test_a_run(tmp_path, capsys):
-    """Its log, what it exports and draws; without --variance all images become one."""
-    deviations = []
-    for weight, out in ((25, tmp_path / "a"), (0, tmp_path / "b")):
-        words = ("--scenes 48 --epochs 4 --batch-size 16 --image-size 32 --dim 16 --workers 0 "
-                 f"--log-every 1 --warmup 0 --lr 20 --variance {weight} --out {out}").split()
-        vicreg.main(words)
-        columns = {name: [float(v) for v in column(out, name)] for name in
-                   ("loss", "invariance", "variance", "covariance", "deviation_1", "lr")}
-        for loss, s, v, c in zip(*[*columns.values()][:4]):
-            assert loss == pytest.approx(25 * s + weight * v + c, rel=1e-4)
-        assert columns["lr"][:2] == pytest.approx([20 * 16 / 256 * vicreg.schedule(i, 12, 0)
-                                                   for i in (0, 1)])
-        deviations.append(columns["deviation_1"])
-    assert deviations[1][-1] < 0.5 * deviations[1][0] < deviations[0][-1]
-    assert "lr 20 for each 256 images, as asked: 1.25 with 16" in capsys.readouterr().out
-    saved = common.load_checkpoint(tmp_path / "a" / "checkpoint.pt")["model"]
-    backbone = common.load_checkpoint(tmp_path / "a" / "backbone.pt")
-    assert all(torch.equal(v, saved[f"stages.{k}"]) for k, v in backbone.items())
-    assert (tmp_path / "a" / "correlation.png").exists()
