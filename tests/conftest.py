@@ -2,6 +2,7 @@
 import csv
 import multiprocessing
 import os
+import shutil
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
 import subprocess
@@ -32,6 +33,13 @@ def make_photos(folder, number, size=(80, 60), seed=0):
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"), 120)
+
+
+@pytest.fixture
+def tmp_path(tmp_path):
+    """pytest's own, removed after its test: checkpoints of a whole suite are 8 GB, kept for three."""
+    yield tmp_path
+    shutil.rmtree(tmp_path, ignore_errors=True)
 
 
 def start_processes(function, args, processes):
