@@ -655,29 +655,29 @@ def evaluate(model, dataset, args, device, run):
     return {**ap, "VOC07": voc07_ap(truths, detections)} if args.dataset == "voc" else ap
 
 
-def draw_detections(model, dataset, device, path, number=6, best=5):
-    """A picture of the first images: above their annotations, below their best detections."""
+def draw_detections(items, found, classes, best=5):
+    """A figure of some of the data set's items: above their annotations, below the best detections
+    of each detector.  found: its name -> what detect gives for the items."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
-    items = [dataset[i] for i in range(min(number, len(dataset)))]
-    found = detect(model.eval(), [image for image, _ in items], device)
-    figure = Figure((2.6 * len(items), 5.6), layout="constrained")
-    axes = figure.subplots(2, len(items), squeeze=False)
-    for (image, truth), seen, (above, below) in zip(items, found, axes.T):
-        top = [seen[key][:best] for key in ("boxes", "labels", "scores")]
-        for ax, boxes, labels, scores in (
-                (above, truth["boxes"], truth["labels"], [None] * len(truth["boxes"])),
-                (below, *top)):
+    figure = Figure((2.6 * len(items), 2.8 * (1 + len(found))), layout="constrained")
+    truths = [{**truth, "scores": [None] * len(truth["boxes"])} for _, truth in items]
+    rows = {"annotations": truths, **{f"{name}: {best} best": seen for name, seen in found.items()}}
+    axes = figure.subplots(len(rows), len(items), squeeze=False)
+    for row, (name, seen) in zip(axes, rows.items()):
+        row[0].set_title(name, loc="left")
+        for ax, (image, _), one in zip(row, items, seen):
             ax.imshow(image.permute(1, 2, 0).numpy())
             ax.set_axis_off()
-            for (x1, y1, x2, y2), label, score in zip(boxes.tolist(), labels.tolist(), scores):
-                colour = f"C{label % 10}"
+            shown = len(one["boxes"]) if seen is truths else best
+            for box, label, score in [*zip(one["boxes"].tolist(), one["labels"].tolist(),
+                                           one["scores"])][:shown]:
+                (x1, y1, x2, y2), colour = box, f"C{label % 10}"
                 ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=2))
-                name = dataset.classes[label] + ("" if score is None else f" {score:.2f}")
-                ax.text(x1, y1, name, fontsize=8, color="white", va="bottom",
+                ax.text(x1, y1, classes[label] + ("" if score is None else f" {score:.2f}"),
+                        fontsize=8, color="white", va="bottom",
                         bbox=dict(facecolor=colour, edgecolor="none", pad=1))
-    figure.suptitle(f"above: annotations; below: the {best} best detections, with their scores")
-    figure.savefig(path, dpi=80)
+    return figure
 
 
 # ---------------------------------------------------------------------------------------- training
@@ -698,6 +698,23 @@ def schedule(args, per_epoch):
     return 0.5 if args.schedule == "report" else 0.1
 
 
+def detector(args):
+    """The detector that the command's arguments describe, from their seed."""
+    torch.manual_seed(args.seed)
+    return build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
+                          args.min_size, args.max_size, args.anchor_size, args.rois, args.weights,
+                          args.box_head, args.mean, args.std)
+
+
+def restore(model, saved, path):
+    """Load what fine_tuned read from ``path``.  InputError: it is of another detector."""
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError as error:
+        raise InputError(f"{path} holds another detector: "
+                         f"{' '.join(str(error).split())[:200]}") from None
+
+
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     inf = math.inf
@@ -714,10 +731,7 @@ def train(args, device):
             raise InputError(f"{args.out} holds a run: --eval-only wants another --out")
     train_set, test_set = data_sets(args)
     args.classes = test_set.classes
-    torch.manual_seed(args.seed)
-    model = build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
-                           args.min_size, args.max_size, args.anchor_size, args.rois,
-                           args.weights, args.box_head, args.mean, args.std).to(device)
+    model = detector(args).to(device)
     if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     if device.type == "cuda":
@@ -725,11 +739,7 @@ def train(args, device):
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.eval_only:
-        try:
-            model.load_state_dict(saved["model"])
-        except RuntimeError as error:
-            raise InputError(f"{args.eval_only} holds another detector: "
-                             f"{' '.join(str(error).split())[:200]}") from None
+        restore(model, saved, args.eval_only)
         run = Run(args, "finetune_fasterrcnn", test_set, 0, 1, {})
     else:
         run = fit(model, train_set, args, device)
@@ -785,7 +795,10 @@ def show(ap, model, test_set, device, run):
     ap["per_class"] = {test_set.classes[label]: v for label, v in ap["per_class"].items()}
     if rank() == 0:
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
-        draw_detections(model, test_set, device, run.out / "detections.png")
+        items = [test_set[i] for i in range(min(6, len(test_set)))]
+        found = detect(model.eval(), [image for image, _ in items], device)
+        figure = draw_detections(items, {"detections": found}, test_set.classes)
+        figure.savefig(run.out / "detections.png", dpi=80)
     for name, values in (("by COCO's rules", {k: v for k, v in ap.items() if k.startswith("AP")}),
                          ("by VOC07's 11-point rule", ap.get("VOC07", {})),
                          ("AP by class", ap["per_class"])):

@@ -1,0 +1,229 @@
+"""The SVMs against Newton's method, AP against a loop; separable data gives 1; one process as two."""
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photos, run
+from PIL import Image
+
+from common import InputError, export_backbone, resnet_stages
+from linear_probe import (LEVELS, Labelled, average_precision, extract, fit_softmax,
+                          fit_svm, main, parse_args, presence, svm_objective, svm_scores)
+
+
+def newton(x, y, cost):
+    """The minimum for one class by Newton's method on the points inside the margin, in numpy.
+
+    The objective is piecewise quadratic: with the right set of points one step is exact.
+    """
+    x = np.hstack([x, np.ones((len(x), 1))])
+    ridge = np.diag([1.0] * (x.shape[1] - 1) + [1e-12])  # the bias is free
+    v = np.zeros(x.shape[1])
+    for _ in range(100):
+        inside = (1 - y * (x @ v) > 0) & (y != 0)
+        a, b = x[inside], y[inside]
+        step = np.linalg.solve(ridge + 2 * cost * a.T @ a, 2 * cost * a.T @ b)
+        if np.allclose(step, v, atol=1e-12):
+            break
+        v = step
+    return v[:-1], v[-1]
+
+
+def test_objective_by_hand():
+    w, b = torch.tensor([[1.0, -2], [0.5, 0]]), torch.tensor([0.5, -1.0])
+    x, y = torch.tensor([[1.0, 1], [0, 3]]), torch.tensor([[1.0, -1], [-1, 0]])
+    # class 0: w x + b = -0.5, -5.5; slack 1.5, 0.  class 1: -0.5, -1; slack 0.5, left out
+    found = svm_objective(w, b, x, y, torch.tensor([2.0, 4.0]))
+    assert found.tolist() == pytest.approx([2.5 + 2 * 2.25, 0.125 + 4 * 0.25])
+
+
+@pytest.mark.parametrize("cost", [0.01, 1.0, 100.0, 10000.0])
+def test_svm_is_at_the_minimum(cost):
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(80, 6)), np.sign(rng.normal(size=(80, 3)))
+    x[:, 0] += 1.5 * y[:, 0]  # one class that can be told, two that cannot
+    y[:10, 1] = 0
+    w, b = fit_svm(torch.from_numpy(x), torch.from_numpy(y), torch.full((3,), cost))
+    for k in range(3):
+        best_w, best_b = newton(x, y[:, k], cost)
+        one = [torch.as_tensor(v).double() for v in (x, y[:, k:k + 1], [cost])]
+        least = svm_objective(torch.tensor(best_w)[None], torch.tensor([best_b]), *one).item()
+        found = svm_objective(w[k:k + 1], b[k:k + 1], *one).item()
+        assert found == pytest.approx(least, rel=1e-6) and found >= least * (1 - 1e-9)
+        assert w[k].numpy() == pytest.approx(best_w, rel=1e-2, abs=1e-3)
+
+
+def test_svm_of_several_costs_at_once():
+    rng = np.random.default_rng(1)
+    x, y = torch.from_numpy(rng.normal(size=(60, 4))), torch.from_numpy(np.sign(rng.normal(size=60)))
+    costs = torch.tensor([0.01, 1000.0])
+    w, b = fit_svm(x, torch.stack([y, y], dim=1), costs)
+    for k, cost in enumerate(costs.tolist()):
+        best, bias = newton(x.numpy(), y.numpy(), cost)
+        assert w[k].numpy() == pytest.approx(best, rel=1e-2, abs=1e-4)
+        assert b[k].item() == pytest.approx(bias, rel=1e-2, abs=1e-3)
+
+
+def test_average_precision_by_hand_and_by_a_loop():
+    assert average_precision([3, 2, 1], [1, 1, -1]) == 1
+    assert average_precision([3, 2, 1], [1, -1, 1]) == pytest.approx((1 + 2 / 3) / 2)
+    assert average_precision([3, 2, 1, 0], [-1, 1, 1, -1]) == pytest.approx(2 / 3)  # 1/2 -> 2/3
+    assert average_precision([9, 2, 1], [0, 1, -1]) == 1  # the first is not judged
+    assert average_precision([1, 1], [1, -1]) == 0.5  # equal scores: at worst
+    assert math.isnan(average_precision([1, 2], [-1, 0]))
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        scores, y = rng.normal(size=40), rng.choice([-1, 0, 1], size=40)
+        order = [i for i in np.argsort(-scores) if y[i]]
+        points = [(sum(y[i] > 0 for i in order[:n]), n) for n in range(1, len(order) + 1)]
+        positives, area = max(hits for hits, _ in points), 0.0
+        for hit in range(1, positives + 1):
+            area += max(hits / n for hits, n in points if hits >= hit) / positives
+        assert average_precision(scores, y) == pytest.approx(area)
+
+
+def test_presence_of_classes():
+    found = presence([[(0, False), (0, True), (2, True)], []], 3)
+    assert found.tolist() == [[1, -1, 0], [-1, -1, -1]]  # difficult alone is not judged
+
+
+def test_separable_sets_give_one():
+    torch.manual_seed(0)
+    args = parse_args(["--batch-size", "32", "--epochs", "20"])
+    y = torch.sign(torch.randn(200, 3))
+    x = y @ torch.randn(3, 16) + 0.05 * torch.randn(200, 16)
+    assert svm_scores((x[:120], y[:120]), (x[120:], y[120:]), args) == [1, 1, 1]
+    labels = torch.randint(6, (200,))
+    x = [torch.randn(6, 8)[labels] + 0.05 * torch.randn(200, 8), torch.randn(200, 8)]
+    (good, noise) = fit_softmax(([v[:120] for v in x], labels[:120]),
+                                ([v[120:] for v in x], labels[120:]), 6, args, torch.device("cpu"))
+    assert good == [1, 1]
+    assert noise[0] < 0.5 < noise[1]  # five of six classes
+
+
+def test_costs_are_chosen_on_the_held_out_fold():
+    """Labels that noise features can only learn by heart: the least cost must win."""
+    torch.manual_seed(0)
+    x, y = torch.randn(150, 100), torch.sign(torch.randn(150, 1))
+    x[:, 0] += 0.8 * y[:, 0]
+    test = torch.randn(400, 100), torch.sign(torch.randn(400, 1))
+    test[0][:, 0] += 0.8 * test[1][:, 0]
+    (small,), (large,), (chosen,) = (
+        svm_scores((x, y), test, parse_args(["--costs", *costs]))
+        for costs in (["0.1"], ["10000"], ["10000", "0.1"]))
+    assert small > large + 0.02 and chosen == small
+
+
+def test_features_are_the_means_of_the_stages(tmp_path):
+    torch.manual_seed(0)
+    photos = make_photos(tmp_path / "photos", 5, size=(90, 60))
+    args = parse_args(["--image-size", "56", "--crop", "0.875", "--workers", "0",
+                       "--batch-size", "2", "--levels", "res5", "res2"])
+    paths = [str(p) for p in sorted(photos.iterdir())]
+    stages = resnet_stages("resnet18").eval()
+    data = Labelled(paths, torch.arange(5), ["a"], args)
+    found, rows = extract(stages, data, args, torch.device("cpu"), "x")
+    assert rows.tolist() == [0, 1, 2, 3, 4] and [f.shape for f in found] == [(5, 512), (5, 64)]
+    with Image.open(paths[3]) as image:  # short side to 64, the middle 56 x 56
+        image = np.asarray(image.resize((96, 64), Image.BILINEAR).crop((20, 4, 76, 60)))
+    x = (torch.tensor(image / 255) - torch.tensor(args.mean)) / torch.tensor(args.std)
+    with torch.no_grad():
+        levels = stages(x.permute(2, 0, 1)[None].float())
+    for level, one in zip((levels[3], levels[0]), found):
+        assert torch.allclose(one[3], level.mean((2, 3))[0], rtol=0.02, atol=0.02)
+
+
+def test_broken_images_are_left_out_and_named(tmp_path, capsys):
+    photos = make_photos(tmp_path / "photos", 101, size=(20, 16))
+    (photos / "0007.jpg").write_bytes(b"no jpeg")
+    args = parse_args(["--image-size", "32", "--crop", "1", "--workers", "0", "--levels", "res2"])
+    data = Labelled([str(p) for p in sorted(photos.iterdir())], torch.arange(101), ["a"], args)
+    stages = resnet_stages("resnet18", depth=1).eval()
+    (found,), rows = extract(stages, data, args, torch.device("cpu"), "test")
+    assert rows.tolist() == [i for i in range(101) if i != 7] and len(found) == 100
+    assert "1 images cannot be decoded" in (out := capsys.readouterr().out) and "0007.jpg" in out
+    (photos / "0008.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(InputError, match="2 of 101 images cannot be decoded: over 1%"):
+        extract(stages, data, args, torch.device("cpu"), "test")
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """Photos of three colours, an ImageFolder; the same in VOC's layout; a backbone."""
+    root = tmp_path_factory.mktemp("classes")
+    torch.manual_seed(0)
+    export_backbone(resnet_stages("resnet18"), root / "backbone.pt")
+    rng, names = np.random.default_rng(0), []
+    (root / "ImageSets/Main").mkdir(parents=True)
+    (root / "Annotations").mkdir()
+    (root / "JPEGImages").mkdir()
+    for part, number in (("train", 20), ("val", 8)):
+        listed = []
+        for label, colour in enumerate(("red", "green", "blue")):
+            (root / part / colour).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 60, (40, 40, 3), dtype=np.uint8)
+                pixels[..., label] += 150
+                name = f"{part}_{colour}_{i}"
+                Image.fromarray(pixels).save(root / part / colour / f"{i}.jpg")
+                Image.fromarray(pixels).save(root / "JPEGImages" / f"{name}.jpg")
+                (root / "Annotations" / f"{name}.xml").write_text(
+                    f"<annotation><object><name>{colour}</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
+                    "<xmax>40</xmax><ymax>40</ymax></bndbox></object></annotation>")
+                listed.append(name)
+        (root / f"ImageSets/Main/{part}.txt").write_text("\n".join(listed) + "\n")
+        names += listed
+    return root
+
+
+SMALL = "--image-size", 32, "--workers", 0, "--arch", "resnet18", "--batch-size", 16
+
+
+def test_voc_from_end_to_end(classes, tmp_path, capsys):
+    main([*map(str, ("--dataset", "voc", "--data", classes, *SMALL, "--train-split", "train",
+                     "--test-split", "val", "--weights", "none", classes / "backbone.pt",
+                     "--labels", "random", "file", "--levels", "res2", "res5",
+                     "--out", tmp_path))])
+    out = capsys.readouterr().out
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert {*found["file"]["res2"]} == {"mAP", "red", "green", "blue"}
+    assert found["file"]["res2"]["mAP"] == found["random"]["res5"]["mAP"] == 1  # colours are easy
+    assert "mAP (%)  random    file" in out and "res2     100.00  100.00" in out
+    with Image.open(tmp_path / "probe.png") as picture:
+        assert picture.width == 600
+
+
+def test_folder_in_two_processes(classes, tmp_path):
+    code, out, err = run("linear_probe.py", "--dataset", "folder", "--data", classes, *SMALL,
+                         "--epochs", 10, "--out", tmp_path, processes=2)
+    assert code == 0, err
+    found = json.loads((tmp_path / "probe.json").read_text())
+    assert [*found["random"]] == LEVELS
+    assert all(found["random"][level] == {"top-1": 1.0, "top-5": 1.0} for level in LEVELS)
+    assert out.count("top-1 (%)") == 1  # of two processes one speaks
+
+
+def test_scenes_in_one_process_and_two(tmp_path, capsys):
+    words = "--train-scenes 61 --test-scenes 41 --image-size 32 --workers 0 --levels res3 --out"
+    main([*words.split(), str(tmp_path / "one")])
+    code, _, err = run("linear_probe.py", *words.split(), tmp_path / "two", processes=2)
+    assert code == 0, err
+    one, two = (json.loads((tmp_path / name / "probe.json").read_text())["random"]["res3"]
+                for name in ("one", "two"))
+    assert len(one) == 7 and 0.3 < one["mAP"] < 0.9
+    assert one == pytest.approx(two, abs=1e-3)
+    assert f"res3     {100 * one['mAP']:6.2f}" in capsys.readouterr().out
+
+
+def test_bad_input_is_one_line(classes, tmp_path):
+    for words, message in (
+            (["--dataset", "voc"], "--dataset voc needs --data"),
+            (["--dataset", "folder", "--data", str(tmp_path)], "No such file"),
+            (["--dataset", "voc", "--data", str(classes), "--train-split", "x"], "no split x"),
+            (["--weights", "missing.pt"], "no such file: missing.pt"),
+            (["--weights", "none", "none"], "two of the names are alike"),
+            (["--costs", "0"], "--costs"), (["--batch-size", "0"], "--batch-size 0")):
+        with pytest.raises(SystemExit, match=message):
+            main([*words, "--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path)])

@@ -1,0 +1,365 @@
+"""The numbers behind the pictures, against loops and values computed by hand; every figure runs."""
+import csv
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import coordinates, make_photos, run
+from PIL import Image
+
+import detco
+import dupr
+import visualize
+from common import View, export_backbone, random_resized_crop, resnet_stages, save_checkpoint
+from finetune_fasterrcnn import main as fine_tune
+from visualize import (METHODS, attention_map, boxes_of_iou, correspond, counterpart, main, matches,
+                       neighbours, pair_similarity, pooled, views_of)
+
+
+def iou(a, b):
+    """Of two boxes, in floats."""
+    w = min(a[2], b[2]) - max(a[0], b[0])
+    h = min(a[3], b[3]) - max(a[1], b[1])
+    both = max(w, 0) * max(h, 0)
+    return both / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - both)
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_attention_map_is_the_scaled_mean():
+    features = torch.rand(2, 5, 3, 3) + torch.tensor([0.0, 7.0]).view(2, 1, 1, 1)
+    mapped = attention_map(features, 45)
+    assert mapped.shape == (2, 45, 45)
+    for one, image in zip(features.double(), mapped):
+        mean = [[sum(one[c, y, x].item() for c in range(5)) / 5 for x in range(3)] for y in range(3)]
+        low, high = min(map(min, mean)), max(map(max, mean))
+        for y in range(3):  # the middle pixel of a cell of 15 x 15 keeps its value
+            for x in range(3):
+                middle = image[15 * y + 7, 15 * x + 7].item()
+                assert middle == pytest.approx((mean[y][x] - low) / (high - low), abs=1e-5)
+        between = (image[7, 7] + image[7, 22]).item() / 2  # half-way between two such pixels
+        assert image[7, 14:16].mean().item() == pytest.approx(between, abs=1e-5)
+    assert attention_map(torch.ones(1, 4, 2, 2), 8).abs().max() == 0  # nothing stands out
+
+
+def test_neighbours_find_a_planted_duplicate():
+    torch.manual_seed(0)
+    features = F.normalize(torch.randn(40, 16), dim=1)
+    features[31] = features[4]
+    nearest, cosine = neighbours(features)
+    assert nearest.shape == cosine.shape == (40, 9)
+    assert nearest[4, 0] == 31 and nearest[31, 0] == 4
+    assert cosine[4, 0].item() == pytest.approx(1, abs=1e-6)
+    for i in range(40):
+        others = [sum((features[i] * features[j]).tolist()) for j in range(40) if j != i]
+        assert cosine[i].tolist() == pytest.approx(sorted(others, reverse=True)[:9], abs=1e-6)
+        assert i not in nearest[i]
+    assert neighbours(features[:3])[0].shape == (3, 2)  # fewer images than neighbours
+
+
+def test_pair_similarity_by_hand():
+    q, k = torch.eye(3), torch.eye(3)[[0, 2, 1]]  # pair 0 is alike, the others are at right angles
+    positive, negative = pair_similarity(q, k)
+    assert positive.item() == pytest.approx((math.e + 1 + 1) / 3)
+    assert negative.item() == pytest.approx((2 * math.e + 4) / 6)
+
+
+def test_boxes_have_the_iou_asked_for():
+    torch.manual_seed(0)
+    for _ in range(50):
+        width, height = torch.randint(20, 500, (2,)).tolist()
+        x, y = torch.rand(2, 2).sort(1).values * torch.tensor([[width - 4], [height - 4]])
+        box = torch.stack([x[0], y[0], x[1] + 4, y[1] + 4])
+        wanted = torch.linspace(0, 1, 20).double()
+        found = boxes_of_iou(box, wanted, width, height)
+        assert found.shape == (20, 4)
+        assert found.min() >= -1e-9 and (found[:, 2:] <= torch.tensor([width, height]) + 1e-9).all()
+        got = [iou(box.double().tolist(), b) for b in found.tolist()]
+        large = (box[2] - box[0]) * (box[3] - box[1]) > 0.2 * width * height
+        for value, goal in zip(got, wanted.tolist()):  # a large box leaves no room for IoU 0
+            assert value == pytest.approx(goal, abs=1e-6) or large and goal < 0.1 and value < 0.35
+    whole = boxes_of_iou(torch.tensor([0.0, 0, 100, 80]), torch.tensor([0.5]), 100, 80)
+    assert iou([0, 0, 100, 80], whole[0].tolist()) == pytest.approx(0.5)
+
+
+def test_boxes_go_in_all_directions():
+    torch.manual_seed(0)
+    box = torch.tensor([40.0, 40, 60, 60])
+    found = boxes_of_iou(box, torch.full((300,), 0.3), 100, 100)
+    moved = (found[:, :2] + found[:, 2:]) / 2 - 50
+    assert (moved > 1).any(0).all() and (moved < -1).any(0).all()
+    area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
+    assert (area > 440).any() and (area < 360).any()
+
+
+def test_equation_9_by_hand():
+    q = torch.tensor([[1.0, 0, 3], [0, 2, 4]]).view(1, 2, 1, 3)  # (B, C, S, S'): three positions
+    k = torch.tensor([[2.0, 5, 4], [0, 0, -3]]).view(1, 2, 1, 3)
+    assert dupr.region_similarity(q, k).item() == pytest.approx((1 + 0 + 0) / 3, abs=1e-6)
+    k = torch.tensor([[1.0, 1, 6], [1, 1, 8]]).view(1, 2, 1, 3)
+    assert dupr.region_similarity(q, k).item() == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3, abs=1e-6)
+
+
+def test_matches_is_the_best_cosine():
+    torch.manual_seed(0)
+    q, k = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
+    found = matches(q, k)
+    for p in range(12):
+        one = q[:, p // 4, p % 4].tolist()
+        cosines = []
+        for r in range(12):
+            other = k[:, r // 4, r % 4].tolist()
+            lengths = math.hypot(*one) * math.hypot(*other)
+            cosines.append(sum(a * b for a, b in zip(one, other)) / lengths)
+        assert found[p] == int(np.argmax(cosines))
+
+
+def test_counterpart_shows_the_same_place():
+    """In views whose pixels hold their source's x and y, a point and its counterpart read alike."""
+    torch.manual_seed(0)
+    image, seen = coordinates(200, 160), 0
+    for _ in range(200):
+        q, k = (random_resized_crop(image, 64) for _ in "qk")
+        points = 2 + 60 * torch.rand(20, 2)
+        there = counterpart(points, q, k)
+        inside = ((there > 2) & (there < 62)).all(1)
+        seen += inside.sum().item()
+
+        def read(view, at):  # bilinear, at x y
+            grid = (at / 32 - 1).view(1, 1, -1, 2)
+            return F.grid_sample(view.pixels[None, :2].float(), grid, align_corners=False)[0, :, 0]
+
+        assert ((read(q, points) - read(k, there))[:, inside].abs() < 2).all()
+    assert seen > 500
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_identical_views_correspond_everywhere(flipped):
+    torch.manual_seed(0)
+    view = View(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([10.0, 5, 90, 70]), flipped)
+    features = torch.randn(8, 6, 6)
+    points, found, seen, right = correspond(features, features, view, view)
+    assert right.all() and seen.all() and torch.equal(points, found)
+    other = view._replace(flipped=not flipped)  # its features, mirrored, correspond as well
+    points, found, seen, right = correspond(features, features.flip(2), view, other)
+    assert right.all() and torch.allclose(found[:, 0], 64 - points[:, 0])
+    # and not mirrored they match themselves: right only where that is at most a cell off
+    *_, right = correspond(features, features, view, other)
+    assert right.view(6, 6).any(0).tolist() == [False, False, True, True, False, False]
+
+
+def test_correspond_counts_what_the_other_view_shows():
+    torch.manual_seed(0)
+    pixels = torch.zeros(3, 80, 80, dtype=torch.uint8)
+    left = View(pixels, torch.tensor([0.0, 0, 80, 80]), False)
+    right = View(pixels, torch.tensor([40.0, 0, 120, 80]), False)
+    whole = torch.randn(4, 8, 12)  # one cell for 10 pixels of the source
+    *_, seen, good = correspond(whole[:, :, :8], whole[:, :, 4:], left, right)
+    assert seen.view(8, 8).all(0).tolist() == [False] * 4 + [True] * 4  # the right half
+    assert torch.equal(good, seen)
+
+
+def test_pooled_patches_are_the_mean_of_nine():
+    stages = resnet_stages("resnet18").eval()
+    patches = torch.rand(2, 9, 3, 32, 32)
+    with torch.no_grad():
+        found = pooled(stages, patches, "res4")
+        for image, unit in zip(patches, found):
+            each = [stages(patch[None])[2].mean((2, 3))[0] for patch in image]
+            assert torch.allclose(unit, F.normalize(sum(each) / 9, dim=0), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_views_are_the_methods(name):
+    image = (torch.rand(3, 12, 16) * 255).byte().repeat_interleave(8, 1).repeat_interleave(8, 2)
+    torch.manual_seed(1)
+    recipe = METHODS[name].parse_args([])
+    seen = views_of(name, image, recipe)
+    assert len(seen) == {"detco": 4, "soco": 4}.get(name, 2)
+    for view, pixels, _ in seen:
+        assert 0 <= pixels.min() and pixels.max() <= 1 and view.pixels.dtype == torch.uint8
+    if name == "soco":
+        assert [v.pixels.shape[-1] for v, *_ in seen] == [64, 64, 32, 54]
+        assert all(len(b) == recipe.boxes_per_image for *_, b in seen)
+    if name == "dupr":  # a number is the same place of the image in both views
+        (q, _, one), (k, _, two) = seen
+        assert one["C0"].keys() == two["C0"].keys() and len(one["C0"]) == 16
+        for number in one["C0"]:
+            middles = []
+            for view, boxes in ((q, one), (k, two)):
+                x1, y1, x2, y2 = boxes["C0"][number]
+                whole = View(torch.zeros(3, 64, 64), torch.tensor([0.0, 0, 64, 64]), False)
+                middle = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
+                middles.append(counterpart(middle, view, whole))
+            assert torch.allclose(*middles, atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A backbone, one of another depth, photos, photos with VOC's annotations, a short log."""
+    root = tmp_path_factory.mktemp("files")
+    torch.manual_seed(3)
+    export_backbone(resnet_stages("resnet18"), root / "backbone.pt")
+    make_photos(root / "photos", 6)
+    shutil.copy(root / "photos" / "0002.jpg", root / "photos" / "twin.jpg")
+    for folder in ("Annotations", "ImageSets/Main"):
+        (root / "voc" / folder).mkdir(parents=True)
+    make_photos(root / "voc" / "JPEGImages", 4)
+    (root / "voc" / "ImageSets/Main/test.txt").write_text("0000\n0001\n0002\n0003\n")
+    for i in range(4):
+        (root / "voc" / "Annotations" / f"000{i}.xml").write_text(
+            f"<annotation><object><name>{'ab'[i % 2]}</name><bndbox><xmin>11</xmin><ymin>6</ymin>"
+            "<xmax>50</xmax><ymax>45</ymax></bndbox></object></annotation>")
+    return root
+
+
+def figure(files, tmp_path, name, *words):
+    """Draw it small -> its numbers; the picture is there and not of one colour."""
+    out = tmp_path / "figure.png"
+    main([name, "--size", "64", "--out", str(out), "--csv", str(tmp_path / "numbers.csv"),
+          *map(str, words)])
+    with Image.open(out) as picture:
+        assert picture.width >= 500 and len(picture.convert("RGB").getcolors(2 ** 24)) > 50
+    return rows_of(tmp_path / "numbers.csv")
+
+
+SMALL = {"attention": 2, "retrieval": 8, "similarity": 33, "iou-similarity": 2, "correspondence": 2,
+         "features": 1}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_figures_of_scenes_and_random_weights(files, tmp_path, name, capsys):
+    rows = figure(files, tmp_path, name, "--images", SMALL[name], "--rows", 2,
+                  "--weights", "none", files / "backbone.pt", "--labels", "one", "other")
+    text = capsys.readouterr().out
+    assert "other" in text and "figure.png is the figure" in text
+    if name == "iou-similarity":
+        assert [float(r["iou"]) for r in rows] == sorted(float(r["iou"]) for r in rows)
+        assert sum(int(r["boxes"]) for r in rows) % 20 == 0
+        assert all(-1 <= float(r["one mean"]) <= 1 for r in rows)
+        assert float(rows[-1]["other mean"]) > float(rows[0]["other mean"])
+    else:
+        assert [r["weights"] for r in rows] == sorted((r["weights"] for r in rows), key="oto".find)
+        assert {r["weights"] for r in rows} == {"one", "other"}
+    if name == "similarity":
+        assert rows[0]["batches"] == "1"  # the last image alone is no batch
+        assert all(math.exp(-1) <= float(rows[0][f"{sign}_{kind}"]) <= math.e
+                   for sign in ("positive", "negative") for kind in ("global", "local"))
+
+
+def test_the_same_command_draws_the_same(files, tmp_path):
+    words = "correspondence", "--images", 2, "--rows", 1, "--seed", 4
+    assert figure(files, tmp_path, *words) == figure(files, tmp_path, *words)
+
+
+def test_retrieval_of_a_folder(files, tmp_path):
+    (row,) = figure(files, tmp_path, "retrieval", "--data", files / "photos", "--arch", "resnet18")
+    assert row["images"] == "7" and "share_a_class" not in row
+    others = figure(files, tmp_path, "retrieval", "--dataset", "voc", "--data", files / "voc",
+                    "--split", "test", "--arch", "resnet18")
+    assert float(others[0]["of_any_pair"]) == pytest.approx(2 * 2 / 12)  # a b a b
+    assert float(others[0]["share_a_class"]) == pytest.approx(1 / 3)  # all others are neighbours
+
+
+def test_iou_similarity_of_voc(files, tmp_path):
+    rows = figure(files, tmp_path, "iou-similarity", "--dataset", "voc", "--data", files / "voc",
+                  "--split", "test", "--arch", "resnet18", "--level", "res3")
+    assert sum(int(row["boxes"]) for row in rows) == 80
+
+
+def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
+    """A network that is active where the image is bright, on images bright in their box alone."""
+    class Bright(torch.nn.Module):
+        def forward(self, x):
+            return [F.avg_pool2d(x, 2)] * 4
+
+    box = torch.tensor([[16.0, 32.0, 48.0, 56.0]])
+    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+    image[:, 32:56, 16:48] = 255
+    monkeypatch.setattr(visualize, "pictures", lambda args: iter([(image, dict(boxes=box))]))
+    monkeypatch.setattr(visualize, "backbones", lambda *_: [("random", Bright(), {})])
+    (row,) = figure(files, tmp_path, "attention")
+    assert float(row["mean_in_boxes"]) > 0.95 and float(row["elsewhere"]) < 0.03
+    assert float(row["share_above_half"]) == pytest.approx(32 * 24 / 64 ** 2, abs=0.02)
+
+
+def test_similarity_of_detcos_heads(files, tmp_path):
+    recipe = detco.parse_args(["--dim", "8", "--queue-size", "16"])
+    torch.manual_seed(0)
+    model = detco.DetCo("resnet18", 8, 16, weights=recipe.weights)
+    saved = dict(method="detco", args=vars(recipe), model=model.state_dict())
+    save_checkpoint(tmp_path / "checkpoint.pt", **saved)
+    words = "similarity", "--images", 8, "--weights", tmp_path / "checkpoint.pt"
+    (heads,) = figure(files, tmp_path, *words)
+    for parameter in model.encoder_q.local_heads[3].parameters():
+        parameter.data.zero_()  # then local queries are all 0, and exp(0) = 1
+    save_checkpoint(tmp_path / "checkpoint.pt", **saved)
+    (changed,) = figure(files, tmp_path, *words)
+    assert changed["positive_global"] == heads["positive_global"]
+    assert float(changed["positive_local"]) == float(changed["negative_local"]) == 1
+    assert float(heads["positive_local"]) != 1
+    save_checkpoint(tmp_path / "checkpoint.pt", **{**saved, "args": {**vars(recipe),
+                                                                      "no_local": True}})
+    with pytest.raises(SystemExit, match="no local heads"):
+        figure(files, tmp_path, *words)
+
+
+def test_features_of_an_fpn(files, tmp_path):
+    from finetune_fasterrcnn import build_detector
+    model = build_detector("resnet18", 2, fpn_channels=8)
+    save_checkpoint(tmp_path / "detector.pt", **model.state_dict())
+    rows = figure(files, tmp_path, "features", "--weights", tmp_path / "detector.pt", "none")
+    assert [row["level"] for row in rows] == ["P2", "P3", "P4", "P5", "Res2", "Res3", "Res4", "Res5"]
+
+
+def test_detections_of_a_fine_tuned_detector(files, tmp_path):
+    fine_tune(["--iterations", "1", "--train-scenes", "8", "--test-scenes", "4", "--workers", "0",
+               "--rois", "8", "--fpn-channels", "8", "--out", str(tmp_path / "ft")])
+    rows = figure(files, tmp_path, "detections", "--rows", 2, "--weights",
+                  tmp_path / "ft" / "checkpoint.pt", "none")
+    assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
+    assert rows[0]["annotated"] == rows[2]["annotated"] != "0"
+
+
+def test_curves_of_runs(files, tmp_path):
+    for name, text in (("a", "step,epoch,loss,lr\n1,0.5,3,1\n2,1.0,2,0.5\n"),
+                       ("b", "step,epoch,loss,extra\n1,0.5,5,7\n2,1.0,1,8\n")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.csv").write_text(text)
+    rows = figure(files, tmp_path, "curves", "--weights", tmp_path / "a", tmp_path / "b")
+    assert [(r["run"], r["column"]) for r in rows] == [("a", "loss"), ("b", "loss")]
+    assert [float(rows[1][k]) for k in ("first", "last", "least", "most")] == [5, 1, 1, 5]
+    rows = figure(files, tmp_path, "curves", "--weights", tmp_path / "a" / "log.csv")
+    assert {r["column"] for r in rows} == {"loss", "lr"}
+
+
+def test_bad_input_is_one_line(files, tmp_path):
+    photos, weights = str(files / "photos"), str(files / "backbone.pt")
+    for words, message in (
+            (["iou-similarity", "--data", photos, "--arch", "resnet18"], "needs boxes"),
+            (["attention", "--weights", "missing.pt"], "no such file: missing.pt"),
+            (["attention", "--weights", weights, "--arch", "resnet50"], "another architecture"),
+            (["attention", "--weights", "none", "none"], "two of the names are alike"),
+            (["attention", "--weights", "none", "--labels", "a", "b"], "2 --labels for 1"),
+            (["attention", "--arch", "resnet18", "resnet34"], "2 --arch for 1 --weights"),
+            (["attention", "--data", "nowhere"], "no such folder: nowhere"),
+            (["attention", "--size", "8"], "--size 8 is not from 32"),
+            (["curves"], "curves takes folders of runs"),
+            (["detections", "--weights", weights], "is no checkpoint of finetune_fasterrcnn"),
+            (["detections", "--data", photos], "need --dataset voc or coco")):
+        with pytest.raises(SystemExit, match=message):
+            main([*words, "--out", str(tmp_path / "x.png")])
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_as_a_user(files, tmp_path):
+    code, out, err = run("visualize.py", "views", "--methods", "detco", "dupr", "--out",
+                         tmp_path / "v.png", "--data", files / "photos")
+    assert (code, err) == (0, "") and "is the figure" in out
+    assert (tmp_path / "v.png").stat().st_size > 10000
