@@ -11,7 +11,7 @@ Data
     voc, coco         which classes are there?             likewise
     folder            DIR/train/CLASS/*, DIR/val/CLASS/*   softmax, top-1 and top-5 accuracy
 
-Equations
+Formulae
     |w|^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2      svm_objective, fit_svm
     area under the precision-recall curve                  average_precision
     softmax classifier of the ImageNet recipe              fit_softmax

@@ -3,11 +3,11 @@
 Read first: the method whose figure it is.
 
 Figures
-    attention       DetCo Fig. 5, 6    where Res5 is active                       attention_map
-    retrieval       DetCo Fig. 7       nearest neighbours by pooled Res5          neighbours
-    similarity      DetCo Fig. 9       exp(cosine) of positive and negative pairs pair_similarity
-    iou-similarity  DUPR Fig. 6        do features of a box change as it moves?   boxes_of_iou
-    correspondence  DUPR Fig. 7        which place of the other view is this?     matches
+    attention       DetCo Fig. 5, 6    where Res5 is active                        attention_map
+    retrieval       DetCo Fig. 7       nearest neighbours by pooled Res5           neighbours
+    similarity      DetCo Fig. 9       exp(cosine) of positive and negative pairs  pair_similarity
+    iou-similarity  DUPR Fig. 6        does a box look different as it moves?      boxes_of_iou
+    correspondence  DUPR Fig. 7        where is this place in the other view?      correspond
     features        the report's 2a    mean activation of each level
     detections      the report's 1     annotations beside detections
     views                              what each method feeds its network
@@ -72,12 +72,12 @@ METHODS = dict(moco_v2=moco_v2, detco=detco, dupr=dupr, soco=soco, barlow_twins=
                vicreg=vicreg)
 PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000"]
 LEVELS = ["res2", "res3", "res4", "res5"]
-DEFAULTS = {  # level, size in pixels, of scenes, images that are measured, rows of them drawn
-    "attention": ("res5", 448, 192, 4, 4), "retrieval": ("res5", 224, 96, 1000, 3),
-    "similarity": ("res5", 224, 96, 3200, 0), "iou-similarity": ("res4", 448, 192, 200, 0),
-    "correspondence": ("res4", 448, 192, 50, 2), "features": ("res5", 448, 192, 1, 1),
-    "detections": ("res5", 448, 192, 6, 6), "views": ("res5", 224, 96, 1, 1),
-    "curves": ("res5", 224, 96, 1, 0)}
+DEFAULTS = {  # level, size in pixels, of scenes, images that are measured, how many are drawn
+    "attention": ("res5", 448, 192, 1000, 4), "retrieval": ("res5", 224, 96, 1000, 3),
+    "similarity": ("res5", 224, 96, 3200, 1), "iou-similarity": ("res4", 448, 192, 200, 1),
+    "correspondence": ("res4", 448, 192, 50, 2), "features": ("res5", 448, 192, 1000, 1),
+    "detections": ("res5", 448, 192, 1000, 6), "views": ("res5", 224, 96, 1, 1),
+    "curves": ("res5", 224, 96, 1, 1)}
 
 
 def parse_args(argv=None):
@@ -103,11 +103,11 @@ def parse_args(argv=None):
         "and blue, in 0..1, as in the pre-training (default: ImageNet's)")
     add("--std", type=float, nargs=3, default=[*IMAGENET_STD], metavar="S", help="their deviations")
     add("--seed", type=int, default=0, help="of random weights, images and views")
-    add("--out", help="picture to write (default: FIGURE.png)")
+    add("--out", help="picture to write (default: runs/FIGURE.png)")
     add("--csv", metavar="FILE", help="keep the numbers too")
     known = parser.parse_known_args(argv)[0]
     level, size, scene_size, images, rows = DEFAULTS[known.figure]
-    parser.set_defaults(level=level, images=images, rows=rows, out=f"{known.figure}.png",
+    parser.set_defaults(level=level, images=images, rows=rows, out=f"runs/{known.figure}.png",
                         size=size if known.data else scene_size,
                         arch=["resnet50" if known.data else "resnet18"])
     return parser.parse_args(argv)
@@ -145,7 +145,7 @@ def name_weights(args):
     if args.labels and len(args.labels) != len(args.weights):
         raise InputError(f"{len(args.labels)} --labels for {len(args.weights)} --weights")
     folders = (Path(path) if Path(path).is_dir() else Path(path).parent for path in args.weights)
-    args.labels = args.labels or ["random" if path == "none" else folder.resolve().name
+    args.labels = args.labels or ["random" if path == "none" else folder.absolute().name
                                   for path, folder in zip(args.weights, folders)]
     if len({*args.labels}) < len(args.labels):
         raise InputError(f"two of the names are alike, use --labels: {' '.join(args.labels)}")
@@ -288,7 +288,7 @@ def show(ax, image, title="", **boxes):
 
 def attention(args, device):
     """Where the level is active, over the image."""
-    items = [*pictures(args)][:args.rows]
+    items = [*islice(pictures(args), args.rows)]
     pixels, rows = squares(items, args, device), []
     networks = backbones(args, device)
     figure, axes = panels(len(items), 1 + len(networks), ["image", *args.labels])
@@ -491,7 +491,7 @@ def correspondence(args, device):
 
 def features(args, device):
     """The mean over channels of each level: Res2..Res5, or P2..P5 where the file has an FPN."""
-    items, rows = [*pictures(args)][:args.rows], []
+    items, rows = [*islice(pictures(args), args.rows)], []
     x = squares(items, args, device)
     networks = backbones(args, device)
     figure, axes = panels(len(items) * len(networks), 5, ["image"])
@@ -599,7 +599,7 @@ def views_of(name, image, recipe):
 
 
 def views(args, _device):
-    """An image, and what each method's network gets of it."""
+    """An image, and what each method's network gets of it (SoCo's fourth view: SoCo* only)."""
     (image, _), rows = next(pictures(args)), []
     figure, axes = panels(len(args.methods), 5)
     for name, line in zip(args.methods, axes):
@@ -675,12 +675,16 @@ def table(rows):
 @torch.no_grad()
 def run(args, device):
     """Draw the figure, print the numbers behind it."""
-    check(args, images=(1, np.inf), rows=(0, np.inf), size=(32, np.inf), seed=(0, np.inf),
+    check(args, images=(1, np.inf), rows=(1, np.inf), size=(32, np.inf), seed=(0, np.inf),
           mean=(0, 1), std=(1e-3, 1))
+    known = Figure().canvas.get_supported_filetypes()
+    if Path(args.out).suffix[1:] not in known:
+        raise InputError(f"--out {args.out}: no picture's ending ({', '.join(known)})")
     name_weights(args)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)
     figure, rows = FIGURES[args.figure](args, device)
     rows = [{k: v.item() if hasattr(v, "item") else v for k, v in row.items()} for row in rows]
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)
     print(table(rows))
     if args.csv:

@@ -60,10 +60,11 @@ def test_torchrun_takes_no_flag_for_its_own(name):
     assert not [(a, b) for a in ours for b in theirs if b.startswith(a) and a != b]
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_equations_name_what_exists(name):
+@pytest.mark.parametrize("name, head", [*((name, "Equations") for name in METHODS),
+                                        ("linear_probe", "Formulae")])
+def test_equations_name_what_exists(name, head):
     module = importlib.import_module(name)
-    table = module.__doc__.split("Equations")[1].split("Commands")[0]
+    table = module.__doc__.split(head)[1].split("Commands")[0]
     rows = [re.split(r"\s{2,}", row.strip())[-1] for row in table.rstrip().splitlines()[1:]]
     named = [re.findall(r"\b(?:(?:common|selective_search|[A-Z]\w+)\.)?[a-z]\w+\b", row)
              for row in rows]
@@ -93,5 +94,7 @@ def test_method_files_stand_alone(name):
     """A copy of the file needs common.py, and the built-in scenes only when they are asked for."""
     text = (ROOT / f"{name}.py").read_text()
     imported = set(re.findall(r"^\s*(?:from|import) (\w+)", text, re.M)) & {*SCRIPTS, "common"}
-    assert imported <= {"common", "scenes"} | ({"selective_search"} if name == "soco" else set())
+    may = {"soco": {"selective_search"}, "visualize": {*SCRIPTS},
+           "linear_probe": {"finetune_fasterrcnn", "visualize"}}
+    assert imported <= {"common", "scenes"} | may.get(name, set())
     assert not re.search(r"^(from|import) scenes", text, re.M)

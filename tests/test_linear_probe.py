@@ -5,7 +5,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import make_photos, run
+import torch.distributed as dist
+from conftest import make_photos, run, start_processes
 from PIL import Image
 
 from common import InputError, export_backbone, resnet_stages
@@ -205,11 +206,15 @@ def test_folder_in_two_processes(classes, tmp_path):
     assert out.count("top-1 (%)") == 1  # of two processes one speaks
 
 
+def one_of_two(number, folder, words):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    main([*words, str(folder / "two")])
+
+
 def test_scenes_in_one_process_and_two(tmp_path, capsys):
     words = "--train-scenes 61 --test-scenes 41 --image-size 32 --workers 0 --levels res3 --out"
     main([*words.split(), str(tmp_path / "one")])
-    code, _, err = run("linear_probe.py", *words.split(), tmp_path / "two", processes=2)
-    assert code == 0, err
+    start_processes(one_of_two, (tmp_path, words.split()), 2)
     one, two = (json.loads((tmp_path / name / "probe.json").read_text())["random"]["res3"]
                 for name in ("one", "two"))
     assert len(one) == 7 and 0.3 < one["mAP"] < 0.9

@@ -350,11 +350,13 @@ def test_bad_input_is_one_line(files, tmp_path):
             (["attention", "--arch", "resnet18", "resnet34"], "2 --arch for 1 --weights"),
             (["attention", "--data", "nowhere"], "no such folder: nowhere"),
             (["attention", "--size", "8"], "--size 8 is not from 32"),
+            (["attention", "--rows", "0"], "--rows 0 is not from 1"),
+            (["attention", "--out", "x.docx"], "no picture's ending"),
             (["curves"], "curves takes folders of runs"),
             (["detections", "--weights", weights], "is no checkpoint of finetune_fasterrcnn"),
             (["detections", "--data", photos], "need --dataset voc or coco")):
         with pytest.raises(SystemExit, match=message):
-            main([*words, "--out", str(tmp_path / "x.png")])
+            main([words[0], "--out", str(tmp_path / "x.png"), *words[1:]])
     assert not (tmp_path / "x.png").exists()
 
 
