@@ -429,18 +429,25 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                        rpn_post_nms_top_n_test=min(1000, 2 * rois), image_mean=list(mean),
                        image_std=list(std), **parts)
     for name in ("backbone.fpn.", "roi_heads.box_head.") if detector == "fpn" else ():
-        prefix = next((k[:k.index(name)] + name for k in rest if name in k), None)
-        found = {k[len(prefix):]: v for k, v in rest.items() if k.startswith(prefix or name)}
-        if found:
-            try:
-                model.get_submodule(name[:-1]).load_state_dict(found)
-            except RuntimeError as error:
-                raise InputError(f"{weights}: {prefix}*: {' '.join(str(error).split())}") from None
-            if rank() == 0:
-                print(f"{weights}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
+        load_part(model.get_submodule(name[:-1]), name, rest, weights)
     for head in (model.rpn.head, model.roi_heads.box_predictor):
         head.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
     return model
+
+
+def load_part(module, name, rest, path):
+    """Load the tensors of ``rest``, by name, that are the detector's part ``name`` under any
+    prefix, if there are any.  rest: what load_backbone left of the file ``path``.  InputError: the
+    part is another one."""
+    prefix = next((k[:k.index(name)] + name for k in rest if name in k), None)
+    found = {k[len(prefix):]: v for k, v in rest.items() if k.startswith(prefix or name)}
+    if found:
+        try:
+            module.load_state_dict(found)
+        except RuntimeError as error:
+            raise InputError(f"{path}: {prefix}*: {' '.join(str(error).split())}") from None
+        if rank() == 0:
+            print(f"{path}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
 
 
 def as_float32(_module, _inputs, output):

@@ -71,7 +71,7 @@ def parse_args(argv=None):
     add("--test-split", nargs="+", help="default: 2007/test, val2017 or val")
     add("--image-size", type=int, help="side in pixels (default: 224; of scenes 96)")
     add("--crop", type=float, help="share of the short side in it (default: 0.875; of scenes 1)")
-    add("--costs", type=float, nargs="+", default=[10.0 ** k for k in range(-2, 5)], metavar="C",
+    add("--costs", type=float, nargs="+", default=[10.0 ** k for k in range(-2, 4)], metavar="C",
         help="of the SVMs, to choose from")
     add("--batch-size", type=int, default=256, help="of all processes together")
     add("--lr", type=float, default=30.0, help="of softmax, for each 256 images (MoCo 4.1)")
@@ -120,15 +120,19 @@ class Labelled(Dataset):
         return center_crop(image, [self.size, self.size]), i, True
 
 
-def data_set(args, part):
-    """The training or the test images (``part``: train or test) with their targets -> Labelled."""
+def data_set(args, part, classes=None):
+    """The training or the test images (``part``: train or test) with their targets -> Labelled.
+
+    classes: those of the targets; by default what the split knows.  InputError: it has others.
+    """
     split = getattr(args, f"{part}_split")
     if args.dataset == "folder":
         folders = [ImageFolder(Path(args.data, name)) for name in split]
-        if any(folder.classes != folders[0].classes for folder in folders):
-            raise InputError(f"other classes in some of {' '.join(split)}")
+        classes = classes or folders[0].classes
+        if any(folder.classes != classes for folder in folders):
+            raise InputError(f"other classes in some of {' '.join(split)}, not {' '.join(classes)}")
         paths, targets = zip(*(sample for folder in folders for sample in folder.samples))
-        return Labelled(paths, torch.tensor(targets), folders[0].classes, args)
+        return Labelled(paths, torch.tensor(targets), classes, args)
     if args.dataset == "scenes":
         scenes = LabelledScenes(getattr(args, f"{part}_scenes"), seed=1 + (part == "test"))
         objects = [[(label, False) for label in scenes[i][1]["labels"].tolist()]
@@ -136,7 +140,7 @@ def data_set(args, part):
         return Labelled(scenes, presence(objects, len(scenes.classes)), scenes.classes, args)
     read = {"voc": read_voc, "coco": read_coco}[args.dataset]
     parts = [read(args.data, name) for name in split]
-    classes = [*dict.fromkeys(name for known, _ in parts for name in known)]
+    classes = classes or [*dict.fromkeys(name for known, _ in parts for name in known)]
     images = [image for _, listed in parts for image in listed]
     try:
         objects = [[(classes.index(name), ignored) for name, _, ignored, _ in image[3]]
@@ -216,14 +220,15 @@ def svm_objective(w, b, x, y, cost):
     return (w ** 2).sum(1) / 2 + cost * (slack ** 2).sum(0)
 
 
-def fit_svm(x, y, cost, start=None, steps=500):
+def fit_svm(x, y, cost, start=None, steps=1500):
     """The minimum of svm_objective by L-BFGS, from ``start`` (w, b) or 0 -> w (K, D), b (K,).
 
     The bias is not penalised.  In float64, whatever x is.
     """
-    x, y, cost = x.double(), y.double(), cost.double()
+    mean = x.double().mean(0)
+    x, y, cost = x.double() - mean, y.double(), cost.double()  # the bias takes the mean: the same
     w, b = start or (x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1]))
-    w, b = (p.detach().clone().requires_grad_() for p in (w, b))
+    w, b = (p.detach().clone().requires_grad_() for p in (w, b + w @ mean))
     solver = torch.optim.LBFGS([w, b], max_iter=steps, tolerance_grad=1e-8, tolerance_change=1e-12,
                                history_size=20, line_search_fn="strong_wolfe")
 
@@ -234,7 +239,7 @@ def fit_svm(x, y, cost, start=None, steps=500):
         return value
 
     solver.step(objective)
-    return w.detach(), b.detach()
+    return w.detach(), b.detach() - w.detach() @ mean
 
 
 def average_precision(scores, y):
@@ -262,7 +267,9 @@ def svm_scores(train, test, args):
         start = fit_svm(x[rest], y[rest], torch.full_like(y[0], cost), start)
         scores = (x[held] @ start[0].T + start[1]).cpu()
         tried.append([average_precision(s, t) for s, t in zip(scores.T, y[held].cpu().T)])
-    best = np.nan_to_num(tried).argmax(0)  # (K,)
+    tried = np.array(tried)  # (costs, K)
+    usual = np.nan_to_num(tried).mean(1, keepdims=True)  # for a class that the fold does not have
+    best = np.where(np.isnan(tried), usual, tried).argmax(0)  # (K,)
     cost = torch.tensor(sorted(args.costs))[best].to(x.device)
     w, b = fit_svm(x, y, cost, start)
     scores = (x_test @ w.T + b).cpu()
@@ -333,13 +340,15 @@ def run(args, device):
     """Probe each backbone at each level; print the table, write it and its picture into --out."""
     check(args, image_size=(32, math.inf), crop=(0.1, 1), costs=(1e-9, math.inf), lr=(0, math.inf),
           batch_size=(world_size(), math.inf), epochs=(1, math.inf), train_scenes=(10, math.inf),
-          test_scenes=(1, math.inf), workers=(0, math.inf), seed=(0, math.inf))
-    if args.dataset != "scenes" and args.data is None:
-        raise InputError(f"--dataset {args.dataset} needs --data, a folder")
+          test_scenes=(1, math.inf), workers=(0, math.inf), seed=(0, math.inf), mean=(0, 1),
+          std=(1e-3, 1))
+    if (args.dataset == "scenes") != (args.data is None):
+        raise InputError("--data needs --dataset voc, coco or folder, and these need --data")
     name_weights(args)
-    train, test = data_set(args, "train"), data_set(args, "test")
-    if train.classes != test.classes:
-        raise InputError(f"the splits have other classes: {train.classes}, {test.classes}")
+    train = data_set(args, "train")
+    test = data_set(args, "test", train.classes)
+    if min(len(train), len(test)) < max(2, world_size()):
+        raise InputError(f"{len(train)} and {len(test)} images are too few")
     Path(args.out).mkdir(parents=True, exist_ok=True)
     metric, results, details = "top-1" if args.dataset == "folder" else "mAP", {}, {}
     for label, stages, _ in backbones(args, device):
@@ -354,16 +363,23 @@ def run(args, device):
             (x, y), (x_test, y_test) = (whole(*part, data, device)
                                         for part, data in zip(features, (train, test)))
             ap = [svm_scores((x[i], y), (x_test[i], y_test), args) for i in range(len(x))]
-            details[label] = [dict(zip(["mAP", *train.classes], [np.nanmean(values), *values]))
+            details[label] = [dict(mAP=np.nanmean(values), **dict(zip(train.classes, values)))
                               for values in ap]
         results[label] = [100 * values[metric] for values in details[label]]
+    if args.dataset == "folder":
+        chance = 1 / len(train.classes)
+    else:  # of a class: the share of images that have it
+        chance = ((test.targets == 1).sum(0) / (test.targets != 0).sum(0)).mean().item()
     if rank() == 0:
         width = max(map(len, [*results, "100.00"]))
+        print(f"by chance {100 * chance:.2f}")
         print(f"{metric} (%)  " + "  ".join(label.rjust(width) for label in results))
         for i, level in enumerate(args.levels):
             print(level.ljust(len(metric) + 4), *(f"{values[i]:{width}.2f}" for values in
                                                   results.values()), sep="  ")
-        content = {label: dict(zip(args.levels, values)) for label, values in details.items()}
+        content = {label: {level: {k: None if v != v else v for k, v in found.items()}
+                           for level, found in zip(args.levels, values)}
+                   for label, values in details.items()}  # no NaN in JSON
         Path(args.out, "probe.json").write_text(json.dumps(content, indent=2) + "\n")
         draw(results, args.levels, metric, Path(args.out, "probe.png"))
         print(f"{args.out}/probe.json and probe.png hold it", flush=True)

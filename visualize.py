@@ -27,11 +27,13 @@ Without --data it draws built-in scenes, others than pre-training sees.  `none` 
 a backbone as it is initialised; what each figure shows of it is what the architecture alone does.
 
 Where this differs from the papers, or they are silent
-    - Images are resized to squares, not cropped: an object at the border counts too.
+    - Images are resized to squares, not cropped: an object at the border counts too.  Of a Swin
+      Transformer, whose Res5 ends in a layer norm, the mean over channels shows nothing.
     - Batch norm uses its running statistics; those of random weights are 0 and 1.
     - Fig. 9 names exp(q k / tau), but its values lie in 1..e: tau is 1 here.  Of DetCo's
       checkpoint.pt the embeddings of its heads at Res5 are compared, of any other file the pooled
-      features, a local view's being the mean of its nine patches'.
+      features, a local view's being the mean of its nine patches'.  All see views of one recipe,
+      that of the first DetCo checkpoint.
     - Fig. 6: a box's path from the annotated one to a random one leads to each IoU; positions 14 x
       14, as in pre-training.  A band is one standard deviation over boxes.
     - Fig. 7 counts here: of the positions that the other view shows, the share whose best match is
@@ -52,7 +54,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import normalize, resize
 from torchvision.utils import make_grid
 
 import barlow_twins
@@ -64,8 +66,8 @@ import soco
 import vicreg
 from common import (IMAGENET_MEAN, IMAGENET_STD, ImageFiles, InputError, backbone_stages, check,
                     launch, load_backbone, load_checkpoint, photometric, random_resized_crop)
-from finetune_fasterrcnn import (RECIPES, Annotated, LabelledScenes, Pyramid, data_sets, detect,
-                                 detector, draw_detections, fine_tuned, restore)
+from finetune_fasterrcnn import (RECIPES, Annotated, LabelledScenes, Pyramid, detect, detector,
+                                 draw_detections, fine_tuned, load_part, restore)
 from finetune_fasterrcnn import parse_args as parse_fine_tune
 
 METHODS = dict(moco_v2=moco_v2, detco=detco, dupr=dupr, soco=soco, barlow_twins=barlow_twins,
@@ -96,7 +98,8 @@ def parse_args(argv=None):
         "test split)")
     add("--images", type=int, help="how many are measured, drawn by --seed")
     add("--rows", type=int, help="how many of them are drawn")
-    add("--size", type=int, help="side in pixels that images are resized to")
+    add("--size", type=int, help="side in pixels that images are resized to (similarity and "
+        "views: the methods' own)")
     add("--level", choices=LEVELS, help="of the backbone (default: the paper's)")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
     add("--mean", type=float, nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, green "
@@ -119,6 +122,8 @@ def parse_args(argv=None):
 def pictures(args):
     """Generate --images of the data set, drawn by --seed: (image (3, H, W) uint8, annotations), a
     dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,); None for a folder without."""
+    if args.data is None and args.dataset:
+        raise InputError(f"--dataset {args.dataset} needs --data, a folder")
     if args.data is None:
         data = LabelledScenes(max(1000, args.images), seed=2)
     elif args.dataset:
@@ -127,17 +132,22 @@ def pictures(args):
     else:
         data = ImageFiles(args.data)
     for i in np.random.default_rng(args.seed).permutation(len(data))[:args.images].tolist():
-        item = data[i]
-        yield item if isinstance(item, tuple) else (item, None)
-    for i in data.broken.nonzero().flatten() if isinstance(data, ImageFiles) else ():
-        print(f"cannot decode {data.paths[i]}: another image stands in for it")
+        if not isinstance(data, ImageFiles):
+            yield data[i]
+            continue
+        found, image = data.numbered(i)
+        if found == i:  # else another image would stand in for it, and be there twice
+            yield image, None
+        elif data.broken.sum() > 0.01 * len(data):
+            raise InputError(f"over 1% of {len(data)} images cannot be decoded ({data.paths[i]})")
+        else:
+            print(f"cannot decode {data.paths[i]}: left out", flush=True)
 
 
 def squares(items, args, device):
     """(image, annotations) each -> (B, 3, size, size) float, normalised, on the device."""
     pixels = torch.stack([resize(image, [args.size] * 2, antialias=True) for image, _ in items])
-    return photometric(pixels.to(device), p_jitter=0, p_gray=0, p_blur=0, mean=args.mean,
-                       std=args.std)
+    return normalize(pixels.to(device).float() / 255, args.mean, args.std)
 
 
 def name_weights(args):
@@ -179,7 +189,8 @@ def attention_map(features, size):
     (DetCo 6.3.1).  All 0 where the mean is the same everywhere."""
     mean = features.mean(1, keepdim=True)  # (B, 1, h, w)
     low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
-    scaled = (mean - low) / (high - low).clamp(min=1e-12)
+    level = features.abs().mean((1, 2, 3), keepdim=True)
+    scaled = torch.where(high - low > 1e-5 * level, (mean - low) / (high - low), 0)
     return F.interpolate(scaled, (size, size), mode="bilinear")[:, 0]
 
 
@@ -250,14 +261,17 @@ def correspond(q, k, view_q, view_k):
     """Match each position of q with one of k, features (C, h, w) of two views (DUPR 4.6.2).
 
     Returns the positions and their matches, x y in the views' pixels, (h w, 2) each; which
-    positions the other view shows; which of those are matched at most one cell off; (h w,) bool.
+    positions the other view shows (h w,) bool; whether the match is at most one cell off, (h w,)
+    bool, and the chance of that, the share of such cells in the other view, (h w,); 0 if not shown.
     """
     size = view_q.pixels.shape[-1]
-    points = centres(*q.shape[1:], size)
-    found, true = points[matches(q, k)], counterpart(points, view_q, view_k)
+    points, found = centres(*q.shape[1:], size), matches(q, k)
+    true = counterpart(points, view_q, view_k)
     seen = ((true >= 0) & (true <= size)).all(1)
-    cell = size / torch.tensor([q.shape[2], q.shape[1]])
-    return points, found, seen, seen & ((found - true).abs() <= cell * 1.001).all(1)
+    cell = size / torch.tensor([q.shape[2], q.shape[1]]) * 1.001
+    close = ((points - true[:, None]).abs() <= cell).all(2) & seen[:, None]  # (h w, h w)
+    right = close[torch.arange(len(points)), found]
+    return points, points[found], seen, right, close.float().mean(1)
 
 
 # ---------------------------------------------------------------------------------------- pictures
@@ -298,7 +312,8 @@ def attention(args, device):
             height, width = image.shape[1:]
             show(axes[i, 0], image)
             show(axes[i, column], image)
-            axes[i, column].imshow(mapped.numpy(), "inferno", alpha=0.65, extent=(0, width, height, 0))
+            axes[i, column].imshow(mapped.numpy(), "inferno", alpha=0.65,
+                                   extent=(0, width, height, 0))
             row = dict(weights=label, image=i, share_above_half=(mapped > 0.5).float().mean())
             if truth is not None:
                 inside = torch.zeros(args.size, args.size, dtype=torch.bool)
@@ -325,7 +340,8 @@ def retrieval(args, device):
         raise InputError("retrieval needs two images or more")
     known = truths[0] is not None  # then colours tell who shares a class
     if known:
-        present = torch.stack([truth["labels"].bincount(minlength=100) for truth in truths]) > 0
+        number = 1 + max([0, *torch.cat([truth["labels"] for truth in truths]).tolist()])
+        present = torch.stack([t["labels"].bincount(minlength=number) for t in truths]) > 0
         share = (present.float() @ present.float().T > 0).fill_diagonal_(False)  # (n, n)
     drawn = min(args.rows, len(small))
     figure, axes = panels(drawn * len(networks), 10, ["query", *map(str, range(1, 10))])
@@ -355,17 +371,19 @@ def similarity(args, device):
     figure = Figure((9, 1.8 * len(args.weights) + 0.4), layout="constrained")
     axes = figure.subplots(len(args.weights), 2, squeeze=False, sharex=True)
     rows, networks = [], None
-    for i, (label, path) in enumerate(zip(args.labels, args.weights)):
-        recipe = detco.parse_args([] if args.data is None else ["--data", args.data])
-        saved = load_checkpoint(path) if path != "none" else {}
-        if saved.get("method") == "detco":
-            recipe = argparse.Namespace(**saved["args"])
-            if recipe.no_local:
-                raise InputError(f"{path} has no local heads (--no-local)")
-            model = detco.DetCo(recipe.arch, recipe.dim, recipe.queue_size, weights=recipe.weights,
-                                bn_groups=1, share_queue=recipe.share_queue)
+    files = [load_checkpoint(path) if path != "none" else {} for path in args.weights]
+    heads = [isinstance(saved, dict) and saved.get("method") == "detco" for saved in files]
+    recipe = (argparse.Namespace(**files[heads.index(True)]["args"]) if any(heads) else
+              detco.parse_args([] if args.data is None else ["--data", args.data]))
+    for i, (label, path, saved) in enumerate(zip(args.labels, args.weights, files)):
+        if heads[i]:
+            own = argparse.Namespace(**saved["args"])
+            if own.no_local or not own.weights[3]:
+                raise InputError(f"{path} has no local head at Res5 (--no-local, --weights)")
+            model = detco.DetCo(own.arch, own.dim, own.queue_size, weights=own.weights,
+                                bn_groups=1, share_queue=own.share_queue)
             model.load_state_dict(saved["model"])
-            model.eval().to(device)
+            model.eval().to(device)  # Res5 comes last
             embed_q, embed_k = (lambda x, e=e: e(x)[-1] for e in (model.encoder_q, model.encoder_k))
         else:
             networks = networks or backbones(args, device)
@@ -400,9 +418,9 @@ def similarity(args, device):
 
 def iou_similarity(args, device):
     """Eq. (9) of DUPR against IoU: 20 boxes around each annotated one, positions 14 x 14."""
-    torch.manual_seed(args.seed)
     networks, values, example = backbones(args, device), {label: [] for label in args.labels}, None
     ious = []
+    torch.manual_seed(args.seed)
     for item in pictures(args):
         image, truth = item
         if truth is None:
@@ -458,22 +476,22 @@ def correspondence(args, device):
     networks, rows = backbones(args, device), []
     torch.manual_seed(args.seed)
     drawn = [[random_resized_crop(image, args.size) for _ in "qk"] for image, _ in pictures(args)]
-    pixels = [photometric(torch.stack([v.pixels for v in pair]), mean=args.mean, std=args.std)
-              for pair in drawn]
+    pixels = [photometric(torch.stack([v.pixels for v in pair]), mean=(0, 0, 0), std=(1, 1, 1))
+              for pair in drawn]  # 0..1
     shown = min(args.rows, len(drawn))
     figure, axes = panels(len(networks), shown, height=9 / 2 / shown)
     for line, (label, stages, _) in zip(axes, networks):
-        counts = []
+        counts = torch.zeros(3)
         for i, (pair, x) in enumerate(zip(drawn, pixels)):
-            features = stages(x.to(device))[LEVELS.index(args.level)].float().cpu()
-            points, found, seen, right = correspond(*features, *pair)
-            counts.append([right.sum(), seen.sum(), len(points)])
+            x_in = normalize(x, args.mean, args.std).to(device)
+            features = stages(x_in)[LEVELS.index(args.level)].float().cpu()
+            points, found, seen, right, chance = correspond(*features, *pair)
+            counts += torch.stack([right.sum(), seen.sum(), chance.sum()])
             if i >= shown:
                 continue
             ax, gap = line[i], args.size // 16
             colour = np.where(right, "C0", "C1")
-            one, two = (x * torch.tensor(args.std).view(3, 1, 1)
-                        + torch.tensor(args.mean).view(3, 1, 1)).clamp(0, 1)
+            one, two = x.clamp(0, 1)
             show(ax, torch.cat([F.pad(one, (0, gap), value=1), two], dim=2))
             start, end = points[seen], found[seen] + torch.tensor([args.size + gap, 0])
             ax.add_collection(LineCollection(torch.stack([start, end], dim=1).numpy(), alpha=0.3,
@@ -481,9 +499,9 @@ def correspondence(args, device):
             for dots in (start, end):
                 ax.scatter(*dots.T.numpy(), s=6, c=colour[seen], linewidths=0)
             ax.set_title(f"{label}: {right.sum()} of {seen.sum()} right", fontsize=8)
-        right, seen, positions = torch.tensor(counts).sum(0).tolist()
-        rows.append(dict(weights=label, pairs=len(drawn), positions=seen, right=right,
-                         share=right / max(1, seen), chance=9 * len(drawn) / positions))
+        right, seen, chance = counts.tolist()
+        rows.append(dict(weights=label, pairs=len(drawn), positions=int(seen), right=int(right),
+                         share=right / max(1, seen), chance=chance / max(1, seen)))
     figure.suptitle(f"most similar positions of {args.level}; blue: at most one cell off, orange: "
                     "wrong", fontsize=10)
     return figure, rows
@@ -497,15 +515,13 @@ def features(args, device):
     figure, axes = panels(len(items) * len(networks), 5, ["image"])
     for n, (label, network, rest) in enumerate(networks):
         names = [f"Res{i}" for i in range(2, 6)]
-        fpn = {k.split("backbone.fpn.")[1]: v for k, v in rest.items()
-               if "backbone.fpn." in k and "target." not in k}
-        if fpn:
+        lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.0.0.weight")]
+        if lateral:  # the file has an FPN
             names = [f"P{i}" for i in range(2, 6)]
-            network = Pyramid(network, fpn["inner_blocks.0.0.weight"].shape[0])
-            network.fpn.load_state_dict(fpn)
-            network.eval().to(device)
-        levels = network(x)
-        levels = [*levels.values()] if fpn else levels
+            network = Pyramid(network, len(lateral[0])).eval()
+            load_part(network.fpn, "backbone.fpn.", rest, args.weights[n])
+        levels = network.to(device)(x)
+        levels = [*levels.values()] if lateral else levels
         for i, (image, _) in enumerate(items):
             line = axes[i * len(networks) + n]
             show(line[0], image)
@@ -526,12 +542,18 @@ def detections(args, device):
     """Annotations above what fine-tuned detectors find; none: such a detector before training."""
     recipes = [argparse.Namespace(**fine_tuned(path)["args"]) for path in args.weights
                if path != "none"]
-    recipe = recipes[0] if recipes else parse_fine_tune([])
+    if recipes:
+        recipe = recipes[0]
+    else:
+        recipe = parse_fine_tune(["--dataset", args.dataset or "scenes"])
+        recipe.arch, recipe.mean, recipe.std = args.arch[0], args.mean, args.std
     if args.data is not None:
         recipe.data, recipe.dataset = args.data, args.dataset or recipe.dataset
         recipe.test_split = args.split or RECIPES[recipe.dataset].get("test_split")
-    recipe.eval_only = True
-    data = data_sets(recipe)[1]
+    if (recipe.dataset == "scenes") != (recipe.data is None):
+        raise InputError("detections of --data need --dataset voc or coco, and these need --data")
+    data = (LabelledScenes(1000, seed=2) if recipe.dataset == "scenes" else
+            Annotated(recipe.dataset, recipe.data, recipe.test_split, recipe.classes))
     order = np.random.default_rng(args.seed).permutation(len(data))[:args.rows].tolist()
     items, found, rows = [data[i] for i in order], {}, []
     for label, path in zip(args.labels, args.weights):
@@ -628,12 +650,14 @@ def curves(args, _device):
         path = Path(path, "log.csv") if Path(path).is_dir() else Path(path)
         if not path.is_file():
             raise InputError(f"no {path}: curves takes folders of runs")
-        with open(path, newline="") as file:
-            logs[label] = [*csv.DictReader(file)]
+        with open(path, newline="", errors="replace") as file:
+            logs[label] = [row for row in csv.DictReader(file) if all(row.values())]
         if not logs[label] or "epoch" not in logs[label][0]:
             raise InputError(f"{path} is no log of a run, or an empty one")
     names = [name for log in logs.values() for name in log[0] if name not in ("step", "epoch")]
     names = [name for name in dict.fromkeys(names) if names.count(name) >= min(2, len(logs))]
+    if not names:
+        raise InputError(f"no column is in two of the logs: {' '.join(args.weights)}")
     figure, axes = panels(-(-len(names) // 3), 3, height=2.4)
     for ax in axes.flat[len(names):]:
         ax.set_axis_off()
@@ -678,13 +702,14 @@ def run(args, device):
     check(args, images=(1, np.inf), rows=(1, np.inf), size=(32, np.inf), seed=(0, np.inf),
           mean=(0, 1), std=(1e-3, 1))
     known = Figure().canvas.get_supported_filetypes()
-    if Path(args.out).suffix[1:] not in known:
+    if Path(args.out).suffix[1:].lower() not in known:
         raise InputError(f"--out {args.out}: no picture's ending ({', '.join(known)})")
     name_weights(args)
     matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)
     figure, rows = FIGURES[args.figure](args, device)
     rows = [{k: v.item() if hasattr(v, "item") else v for k, v in row.items()} for row in rows]
-    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (args.out, args.csv)):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out, dpi=100)
     print(table(rows))
     if args.csv:

@@ -1,21 +1,29 @@
 """How fast it is, each figure as a ratio within one run (not part of the test suite):
 
     python tests/benchmark.py load [--data DIR]      one core's way from a file to two views
-    python tests/benchmark.py step [--arch resnet18 --batch-size 16]      a training step
+    python tests/benchmark.py step [--arch resnet18 --batch-size 16]      each method's training
     python tests/benchmark.py loss [--queries 50176]                      InfoNCE in chunks
     python tests/benchmark.py levels [--arch resnet18 --batch-size 16]    SoCo's one level a box
+    python tests/benchmark.py growth [--arch resnet18 --batch-size 16]    with K, S, P, processes
+    python tests/benchmark.py bare                       a step of MoCo v2 against a bare loop
 
 load compares, on the same 500 x 375 JPEGs and in turn, the two ways to two 224-pixel views of an
 image: the usual chain, all of it in the loading process (PIL crop, jitter, gray, blur, flip,
 tensor), and this project's share of a loading process (decode, two crops; colour is the device's
-work).  step takes the papers' recipes, each method in processes of its own, in turn, on a GPU where
-there is one: colours, forward, backward, updates, without the loading.  Its arithmetic is what
-torch counts of one step: convolutions and matrix products.  loss is DUPR's patch loss at its size.
-levels is SoCo's step, each box through the head from the one level of its size, against one in
-which the head runs on all four levels for every box and three results are masked away.
+work).  step runs each method's own training loop, with the paper's recipe, in processes of its own,
+in turn, on a GPU where there is one: with a batch that is on the device from the start, and end to
+end, from 500 x 375 JPEGs, where `waiting` is the share of time in which the loop has no batch yet.
+The arithmetic is what torch counts of a step, convolutions and matrix products, and its share is
+that of this machine's matrix product.  loss is DUPR's patch loss at its size.  levels is SoCo's
+step, each box through the head from the one level of its size, against one in which the head runs
+on all four levels for every box and three results are masked away.
 """
 import argparse
+import contextlib
+import csv
+import io
 import resource
+import subprocess
 import sys
 import tempfile
 import time
@@ -26,19 +34,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import torchvision
 from PIL import Image, ImageFilter
-from torch.utils.data import default_collate
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
 from torchvision.ops import roi_align
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import barlow_twins  # noqa: E402
 import detco  # noqa: E402
 import dupr  # noqa: E402
 import moco_v2  # noqa: E402
 import soco  # noqa: E402
-from common import (LARS, ImageFiles, info_nce, momentum_update, photometric,  # noqa: E402
-                    random_resized_crop, read_image)
+import vicreg  # noqa: E402
+from common import (ImageFiles, Run, info_nce, random_resized_crop, read_image)  # noqa: E402
 
 SIZE = (500, 375)
 
@@ -100,52 +110,8 @@ def load(args):
           f"{ratios.max():.1f})")
 
 
-def make_step(method, args, device):
-    """A step of moco_v2, detco or dupr on random images, with the paper's recipe but for args."""
-    if method.startswith("soco"):
-        return make_soco_step(method, args, device)
-    module = dict(moco_v2=moco_v2, detco=detco, dupr=dupr)[method]
-    recipe = module.parse_args(["--data", "none", "--arch", args.arch])
-    image = torch.randint(256, (3, SIZE[1], SIZE[0]), dtype=torch.uint8)
-    common = recipe.arch, recipe.dim, recipe.queue_size, recipe.momentum, recipe.tau
-    if method == "moco_v2":
-        model = moco_v2.MoCo(*common)
-        drawn = [moco_v2.two_views(image, 224, (0.2, 1)) for _ in range(args.batch_size)]
-    elif method == "detco":
-        model = detco.DetCo(*common)
-        drawn = [detco.views(image, recipe) for _ in range(args.batch_size)]
-    else:
-        model = dupr.DUPR(*common)
-        drawn = [dupr.two_views(image, recipe) for _ in range(args.batch_size)]
-    views, model = default_collate(drawn), model.to(device)
-    if device == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), recipe.lr, momentum=0.9,
-                                weight_decay=recipe.weight_decay)
-    queues = [model.queue] if method == "moco_v2" else model.queues
-
-    def coloured(view):
-        return photometric(view.pixels.to(device))
-
-    def step():
-        if method == "moco_v2":
-            batch = [coloured(view) for view in views]
-        elif method == "detco":
-            batch = [coloured(view) for view in views[:2]]
-            batch += [detco.cut_patches(coloured(view), corners.to(device), recipe.patch_size)
-                      for view, corners in views[2:]]
-        else:
-            batch = [view._replace(pixels=coloured(view)) for view in views]
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss, keys, _ = model(*batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        momentum_update(model.encoder_q, model.encoder_k, model.m)
-        for queue, k in zip(queues, [keys] if method == "moco_v2" else keys):
-            queue.push(k)
-        return loss.item()  # waits for the device
-    return step
+METHODS = dict(moco_v2=moco_v2, detco=detco, dupr=dupr, soco=soco, barlow_twins=barlow_twins,
+               vicreg=vicreg)
 
 
 class FourLevels(soco.Network):
@@ -160,52 +126,11 @@ class FourLevels(soco.Network):
         return self.projector(total)
 
 
-def make_soco_step(method, args, device):
-    """A step of soco, or, as soco_four_levels, of the same with the head on every level."""
-    recipe = soco.parse_args(["--data", "none", "--arch", args.arch])
-    if method == "soco_four_levels":
-        soco.Network = FourLevels
-    model = soco.SoCo(recipe.arch).to(device)
-    if device == "cuda":
-        model = model.to(memory_format=torch.channels_last)
-    image = torch.randint(256, (3, SIZE[1], SIZE[0]), dtype=torch.uint8)
-    views, places, _ = default_collate([
-        soco.make_views((image, soco.random_boxes(*SIZE)), recipe) for _ in range(args.batch_size)])
-    optimizer = LARS([p for p in model.parameters() if p.requires_grad], 0.1)
-
-    def step():
-        boxes = [soco.into_view(places, view.box, view.flipped, view.pixels.shape[-1]).to(device)
-                 for view in views]
-        pixels = [photometric(view.pixels.to(device), p_blur=recipe.p_blur[i > 0],
-                              p_solarize=0.2 * (i > 0)) for i, view in enumerate(views)]
-        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
-            loss, _ = model(pixels, boxes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        momentum_update(model.online, model.target, 0.99)
-        return loss.item()
-    return step
-
-
 def peak():
     """GiB that this process has had at its most: of the GPU where there is one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2 ** 30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
-def time_step(method, args):
-    """In a process of its own -> seconds a step, peak GiB, and TFLOP where they are counted."""
-    torch.manual_seed(0)
-    step, seconds = make_step(method, args, "cuda" if torch.cuda.is_available() else "cpu"), []
-    with FlopCounterMode(display=False) as counter:
-        step()
-    for _ in range(args.steps + 1):
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    return np.median(seconds[1:]), peak(), counter.get_total_flops() / 1e12
 
 
 def alone(function, *args):
@@ -214,17 +139,191 @@ def alone(function, *args):
         return pool.submit(function, *args).result()
 
 
-def step(args, methods=("moco_v2", "detco", "dupr", "soco")):
-    rounds = np.array([[alone(time_step, method, args) for method in methods]
-                       for _ in range(args.rounds)])  # (rounds, methods, 3)
-    times, memory, arithmetic = rounds[:, :, 0], rounds[:, :, 1].max(0), rounds[0, :, 2]
-    print(f"{args.arch}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps")
-    for i, method in enumerate(methods):
-        ratios = times[:, i] / times[:, 0]
-        print(f"{method:16} {args.batch_size / np.median(times[:, i]):7.1f} images/s  "
-              f"time x {np.median(ratios):.2f} ({ratios.min():.2f} to {ratios.max():.2f})  "
-              f"arithmetic {arithmetic[i]:.3f} TFLOP, x {arithmetic[i] / arithmetic[0]:.2f}  "
-              f"peak {memory[i]:.1f} GiB")
+class Steps:
+    """Stands in for a method's load_batches: gives ``number`` batches of it and times the loop.
+
+    resident: the first batch again and again, on the device from the start.  Counts a step from
+    where the loop asks for its batch to where it asks for the next; ``marks`` are these moments,
+    ``waits`` how long each batch was waited for.
+    """
+
+    def __init__(self, load_batches, number, device, resident):
+        self.load_batches, self.number, self.device = load_batches, number, device
+        self.resident, self.marks, self.waits = resident, [], []
+
+    def __call__(self, data, draw, batch_size, steps, *more, **kwargs):
+        loader = iter(self.load_batches(data, draw, batch_size, steps, *more, **kwargs))
+        batch = next(loader) if self.resident else None
+        if self.resident:
+            batch = tree_map(lambda x: x.to(self.device) if torch.is_tensor(x) else x, batch)
+        for _ in steps:
+            self.marks.append(self.now())
+            batch = batch if self.resident else next(loader)
+            self.waits.append(time.perf_counter() - self.marks[-1])
+            yield batch
+
+    def now(self):
+        """The time, when the device has done what it was given; asked for only at the ends."""
+        if self.device.type == "cuda" and (self.resident or len(self.marks) in (WARM, self.number)):
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+WARM = 2  # steps that do not count
+
+
+def train(method, words, steps, resident):
+    """A training of so many steps, in a process of its own -> seconds a step, the share of them
+    spent waiting for batches, peak GiB, TFLOP a step (resident only: counting slows the rest)."""
+    if method == "four_levels":
+        method, soco.Network = "soco", FourLevels
+    module = METHODS[method]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    number = WARM + steps
+    clock = module.load_batches = Steps(module.load_batches, number, device, resident)
+    counter, flops, end_step = FlopCounterMode(display=False), [], Run.end_step
+
+    def end(run, *args, **kwargs):
+        if run.step == 0 and resident:
+            flops.append(counter.get_total_flops() / 1e12)
+            counter.__exit__(None, None, None)
+        if run.step == number - 1:
+            clock.marks.append(clock.now())
+            raise KeyboardInterrupt  # the end: nothing is saved
+        end_step(run, *args, **kwargs)
+
+    Run.end_step = end
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        args = module.parse_args([*words, "--epochs", "1", "--out", folder, "--log-every", "9999"])
+        if resident:
+            counter.__enter__()
+        with contextlib.suppress(KeyboardInterrupt):
+            module.train(args, device)
+    marks = np.array(clock.marks)
+    total = marks[-1] - marks[WARM]
+    waited = sum(clock.waits[WARM:])
+    return total / steps, waited / total, peak(), flops[0] if flops else 0.0
+
+
+def matrix_rate():
+    """TFLOP/s of this machine's matrix product, as the methods use it: bfloat16 on a GPU."""
+    cuda = torch.cuda.is_available()
+    size, kind = (8192, torch.bfloat16) if cuda else (2048, torch.float32)
+    a = torch.randn(size, size, dtype=kind, device="cuda" if cuda else "cpu")
+    best = np.inf
+    for _ in range(10):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * size ** 3 / best / 1e12
+
+
+def words_of(method, args, folder):
+    """The flags of a method: the paper's recipe, but for the benchmark's arguments."""
+    words = ["--data", str(folder), "--arch", args.arch, "--batch-size", str(args.batch_size),
+             "--workers", str(args.workers)]
+    if method in ("moco_v2", "detco", "dupr"):
+        words += ["--random-queue", "--queue-size", str(args.queue_size)]
+    return words + ["--proposals", "random"] * (method in ("soco", "four_levels"))
+
+
+def compare(args, variants, both=True):
+    """Print a line for each variant, label -> (method, flags), in turn, --rounds times; ratios are
+    to the first one."""
+    rows, number = [], args.batch_size * (WARM + args.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        sources = make_images(Path(folder), min(number, 512), args.data)
+        for i in range(len(sources), number):
+            (Path(folder) / f"{i:06}.jpg").symlink_to(sources[i % len(sources)])
+        measured = []
+        for _ in range(args.rounds):
+            measured.append([])
+            for method, flags in variants.values():
+                words = words_of(method, args, folder) + flags + args.flags
+                alive = alone(train, method, words, args.steps, True)
+                loaded = alone(train, method, words, args.steps, False) if both else alive
+                measured[-1].append((*alive, *loaded))
+    measured, rate = np.array(measured), matrix_rate()  # (rounds, variants, 8)
+    for i, label in enumerate(variants):
+        seconds, _, memory, flops, end_to_end, waited, _, _ = np.median(measured[:, i], axis=0)
+        ratio = measured[:, i, 0] / measured[:, 0, 0]
+        row = dict(variant=label, images_per_s=args.batch_size / seconds, time=np.median(ratio),
+                   time_least=ratio.min(), time_most=ratio.max(), tflop=flops,
+                   arithmetic=flops / measured[0, 0, 3], of_matrix_rate=flops / seconds / rate,
+                   peak_gib=memory)
+        if both:
+            row.update(end_to_end=args.batch_size / end_to_end, of_resident=seconds / end_to_end,
+                       waiting=waited)
+        rows.append(row)
+    print(f"{args.arch}, batch {args.batch_size}, {args.rounds} rounds of {args.steps} steps; "
+          f"matrix product {rate:.3f} TFLOP/s; time and arithmetic: times the first one's")
+    names = [*rows[0]]
+    for line in (dict(zip(names, names)), *rows):
+        print("  ".join((v if isinstance(v, str) else f"{v:.3g}").rjust(max(len(name), 12))
+                        for name, v in line.items()))
+    if args.csv:
+        with open(args.csv, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def step(args):
+    compare(args, {method: (method, []) for method in args.methods})
+
+
+def levels(args):
+    compare(args, {"one": ("soco", []), "four": ("four_levels", [])}, both=False)
+
+
+def growth(args):
+    compare(args, {f"K {k}": ("moco_v2", ["--queue-size", str(k)])
+                   for k in (4096, 16384, 65536)}, both=False)
+    compare(args, {f"S {s}": ("dupr", ["--roi-size", *map(str, (s, s, s, s // 2))])
+                   for s in (4, 8, 14)}, both=False)
+    compare(args, {f"P {p}": ("soco", ["--boxes-per-image", str(p)]) for p in (1, 4, 8, 16)},
+            both=False)
+    root = Path(__file__).parent.parent
+    for number in (1, 2):  # end to end, on the built-in scenes, in as many processes
+        with tempfile.TemporaryDirectory() as folder:
+            subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
+                            f"--nproc_per_node={number}", str(root / "moco_v2.py"), "--epochs", "1",
+                            "--scenes", "1280", "--workers", "0", "--out", folder],
+                           check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            with open(Path(folder) / "log.csv", newline="") as file:
+                speed = [*csv.DictReader(file)][-1]["images_per_s"]
+            print(f"moco_v2, scenes, {number} processes: {speed} images/s")
+
+
+def bare_loop(batch_size, size, steps):
+    """In a process of its own -> seconds of a step of the same networks on noise: two forward
+    passes, of which one keeps what a backward pass needs, that pass, and SGD."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k = (torchvision.models.resnet18(num_classes=512).to(device) for _ in "qk")
+    optimizer, seconds = torch.optim.SGD(q.parameters(), 0.01, momentum=0.9), []
+    images = torch.randn(2, batch_size, 3, size, size, device=device)
+    for _ in range(WARM + steps):
+        start = time.perf_counter()
+        loss = q(images[0]).square().mean()
+        with torch.no_grad():
+            k(images[1])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        seconds.append(time.perf_counter() - start)
+    return np.mean(seconds[WARM:])
+
+
+def bare(args):
+    words = ("--image-size 64 --batch-size 128 --queue-size 4096 --arch resnet18 --random-queue "
+             "--scenes 2000").split()
+    ratios = []
+    for _ in range(args.rounds):
+        ours = alone(train, "moco_v2", words, args.steps, True)[0]
+        ratios.append(ours / alone(bare_loop, 128, 64, args.steps))
+    print(f"moco_v2, resnet18, 64 pixels, batch 128: {np.median(ratios):.3f} times a bare loop "
+          f"({args.rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f})")
 
 
 def time_loss(queries, chunk):
@@ -251,22 +350,25 @@ def loss(args):
               f"{memory:.2f} GiB")
 
 
-def levels(args):
-    step(args, ("soco", "soco_four_levels"))
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("load", "step", "loss", "levels"))
+    parser.add_argument("what", choices=("load", "step", "loss", "levels", "growth",
+                                         "bare"))
     parser.add_argument("--data", help="load: folder of photos to use instead of smooth noise")
     parser.add_argument("--images", type=int, default=64, help="load: JPEGs")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arch", default="resnet50", help="step: the backbone")
     parser.add_argument("--batch-size", type=int, default=256, help="step: images")
     parser.add_argument("--steps", type=int, default=5, help="step: how many a round, after two")
+    parser.add_argument("--workers", type=int, default=8, help="step: loading processes")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+    parser.add_argument("--queue-size", type=int, default=65536, help="step: K")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="step: any of the "
+                        "method's own, last on the line")
+    parser.add_argument("--csv", metavar="FILE", help="step, levels: keep the table")
     parser.add_argument("--queries", type=int, default=256 * 14 * 14, help="loss: N")
     args = parser.parse_args()
-    dict(load=load, step=step, loss=loss, levels=levels)[args.what](args)
+    dict(load=load, step=step, loss=loss, levels=levels, growth=growth, bare=bare)[args.what](args)
 
 
 if __name__ == "__main__":

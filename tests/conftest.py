@@ -37,7 +37,7 @@ def photos(tmp_path_factory):
 
 @pytest.fixture
 def tmp_path(tmp_path):
-    """pytest's own, removed after its test: checkpoints of a whole suite are 8 GB, kept for three."""
+    """pytest's own, removed after its test: a suite's checkpoints are 8 GB, kept for three."""
     yield tmp_path
     shutil.rmtree(tmp_path, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""The SVMs against Newton's method, AP against a loop; separable data gives 1; one process as two."""
+"""The SVMs against Newton's method, AP against a loop; separable data; one process as two."""
 import json
 import math
 
@@ -40,6 +40,20 @@ def test_objective_by_hand():
     assert found.tolist() == pytest.approx([2.5 + 2 * 2.25, 0.125 + 4 * 0.25])
 
 
+@pytest.mark.parametrize("cost", [1.0, 100.0, 1000.0])
+def test_svm_of_features_that_point_one_way(cost):
+    """Unit rows with a cosine of 0.99 to their mean, as pooled features have; a rare class."""
+    rng = np.random.default_rng(0)
+    x = 10 + rng.normal(size=(300, 100)) * rng.uniform(0.2, 2, size=100)
+    y = np.where(x[:, :3] @ rng.normal(size=(3, 1)) > np.quantile(x[:, 0], 0.9), 1.0, -1.0)
+    y = np.where(rng.random((300, 1)) < 0.1, -y, y)
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    best_w, best_b = newton(x, y[:, 0], cost)
+    one = [torch.as_tensor(v).double() for v in (x, y, [cost])]
+    least = svm_objective(torch.tensor(best_w)[None], torch.tensor([best_b]), *one).item()
+    assert svm_objective(*fit_svm(*one), *one).item() == pytest.approx(least, rel=1e-3)
+
+
 @pytest.mark.parametrize("cost", [0.01, 1.0, 100.0, 10000.0])
 def test_svm_is_at_the_minimum(cost):
     rng = np.random.default_rng(0)
@@ -58,7 +72,7 @@ def test_svm_is_at_the_minimum(cost):
 
 def test_svm_of_several_costs_at_once():
     rng = np.random.default_rng(1)
-    x, y = torch.from_numpy(rng.normal(size=(60, 4))), torch.from_numpy(np.sign(rng.normal(size=60)))
+    x, y = map(torch.from_numpy, (rng.normal(size=(60, 4)), np.sign(rng.normal(size=60))))
     costs = torch.tensor([0.01, 1000.0])
     w, b = fit_svm(x, torch.stack([y, y], dim=1), costs)
     for k, cost in enumerate(costs.tolist()):
@@ -224,11 +238,14 @@ def test_scenes_in_one_process_and_two(tmp_path, capsys):
 
 def test_bad_input_is_one_line(classes, tmp_path):
     for words, message in (
-            (["--dataset", "voc"], "--dataset voc needs --data"),
+            (["--dataset", "voc"], "these need --data"),
+            (["--data", str(classes)], "--data needs --dataset"),
+            (["--test-scenes", "1"], "10 and 1 images are too few"),
+            (["--std", "0", "1", "1"], "--std"),
             (["--dataset", "folder", "--data", str(tmp_path)], "No such file"),
             (["--dataset", "voc", "--data", str(classes), "--train-split", "x"], "no split x"),
             (["--weights", "missing.pt"], "no such file: missing.pt"),
             (["--weights", "none", "none"], "two of the names are alike"),
             (["--costs", "0"], "--costs"), (["--batch-size", "0"], "--batch-size 0")):
         with pytest.raises(SystemExit, match=message):
-            main([*words, "--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path)])
+            main(["--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path), *words])

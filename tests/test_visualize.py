@@ -37,7 +37,7 @@ def test_attention_map_is_the_scaled_mean():
     mapped = attention_map(features, 45)
     assert mapped.shape == (2, 45, 45)
     for one, image in zip(features.double(), mapped):
-        mean = [[sum(one[c, y, x].item() for c in range(5)) / 5 for x in range(3)] for y in range(3)]
+        mean = [[sum(one[:, y, x].tolist()) / 5 for x in range(3)] for y in range(3)]
         low, high = min(map(min, mean)), max(map(max, mean))
         for y in range(3):  # the middle pixel of a cell of 15 x 15 keeps its value
             for x in range(3):
@@ -144,13 +144,13 @@ def test_identical_views_correspond_everywhere(flipped):
     torch.manual_seed(0)
     view = View(torch.zeros(3, 64, 64, dtype=torch.uint8), torch.tensor([10.0, 5, 90, 70]), flipped)
     features = torch.randn(8, 6, 6)
-    points, found, seen, right = correspond(features, features, view, view)
+    points, found, seen, right, _ = correspond(features, features, view, view)
     assert right.all() and seen.all() and torch.equal(points, found)
     other = view._replace(flipped=not flipped)  # its features, mirrored, correspond as well
-    points, found, seen, right = correspond(features, features.flip(2), view, other)
+    points, found, seen, right, _ = correspond(features, features.flip(2), view, other)
     assert right.all() and torch.allclose(found[:, 0], 64 - points[:, 0])
     # and not mirrored they match themselves: right only where that is at most a cell off
-    *_, right = correspond(features, features, view, other)
+    *_, right, _ = correspond(features, features, view, other)
     assert right.view(6, 6).any(0).tolist() == [False, False, True, True, False, False]
 
 
@@ -160,9 +160,23 @@ def test_correspond_counts_what_the_other_view_shows():
     left = View(pixels, torch.tensor([0.0, 0, 80, 80]), False)
     right = View(pixels, torch.tensor([40.0, 0, 120, 80]), False)
     whole = torch.randn(4, 8, 12)  # one cell for 10 pixels of the source
-    *_, seen, good = correspond(whole[:, :, :8], whole[:, :, 4:], left, right)
+    *_, seen, good, chance = correspond(whole[:, :, :8], whole[:, :, 4:], left, right)
     assert seen.view(8, 8).all(0).tolist() == [False] * 4 + [True] * 4  # the right half
     assert torch.equal(good, seen)
+    # a corner cell has 2 x 2 cells around it, one at a side 2 x 3, any other 3 x 3; of 64
+    assert (64 * chance.view(8, 8)[[0, 0, 1, 3], [4, 5, 4, 6]]).tolist() == [4, 6, 6, 9]
+    assert not chance.view(8, 8)[:, :4].any()
+
+
+def test_noise_corresponds_by_chance():
+    torch.manual_seed(0)
+    image, totals = torch.zeros(3, 200, 200, dtype=torch.uint8), torch.zeros(3)
+    for _ in range(150):
+        pair = [random_resized_crop(image, 64) for _ in "qk"]
+        *_, seen, right, chance = correspond(torch.randn(8, 12, 12), torch.randn(8, 12, 12), *pair)
+        totals += torch.stack([seen.sum(), right.sum(), chance.sum()])
+    assert totals[0] > 5000
+    assert totals[1].item() == pytest.approx(totals[2].item(), rel=0.1)
 
 
 def test_pooled_patches_are_the_mean_of_nine():
@@ -186,7 +200,26 @@ def test_views_are_the_methods(name):
         assert 0 <= pixels.min() and pixels.max() <= 1 and view.pixels.dtype == torch.uint8
     if name == "soco":
         assert [v.pixels.shape[-1] for v, *_ in seen] == [64, 64, 32, 54]
-        assert all(len(b) == recipe.boxes_per_image for *_, b in seen)
+        (_, _, one), *others = seen
+        assert len(one) == recipe.boxes_per_image
+        places = []
+        for view, _, boxes in others:  # the same places of the image, in each view's pixels
+            side, known = view.pixels.shape[-1], {48: "P2", 96: "P3"}
+            whole = View(torch.zeros(3, side, side), torch.tensor([0.0, 0, 96, 96]), False)
+            corners = []
+            for (name, (x1, y1, x2, y2)), in (b.items() for b in boxes.values()):
+                level = next(known[s] for s in known if ((x2 - x1) * (y2 - y1)) ** 0.5 <= s)
+                assert name == level
+                ends = counterpart(torch.tensor([[x1, y1], [x2, y2]]), view, whole) / side
+                corners.append(ends.sort(0).values)
+            places.append(torch.stack(corners))
+        assert torch.allclose(places[0], places[1], atol=1e-3)
+        assert torch.allclose(places[0], places[2], atol=1e-3)
+    if name == "detco":  # nine patches of 16 pixels, 2 between them
+        assert [p.shape[-1] for _, p, _ in seen] == [48, 48, 56, 56]
+    if name in ("moco_v2", "barlow_twins", "vicreg"):  # what the view shows, but for the colours
+        assert [view.box.tolist() for view, *_ in seen] != [[0, 0, 128, 96]] * 2
+        assert all(view.pixels.shape == pixels.shape for view, pixels, _ in seen)
     if name == "dupr":  # a number is the same place of the image in both views
         (q, _, one), (k, _, two) = seen
         assert one["C0"].keys() == two["C0"].keys() and len(one["C0"]) == 16
@@ -245,8 +278,8 @@ def test_figures_of_scenes_and_random_weights(files, tmp_path, name, capsys):
         assert all(-1 <= float(r["one mean"]) <= 1 for r in rows)
         assert float(rows[-1]["other mean"]) > float(rows[0]["other mean"])
     else:
-        assert [r["weights"] for r in rows] == sorted((r["weights"] for r in rows), key="oto".find)
-        assert {r["weights"] for r in rows} == {"one", "other"}
+        half = len(rows) // 2
+        assert [row["weights"] for row in rows] == ["one"] * half + ["other"] * half
     if name == "similarity":
         assert rows[0]["batches"] == "1"  # the last image alone is no batch
         assert all(math.exp(-1) <= float(rows[0][f"{sign}_{kind}"]) <= math.e
@@ -265,6 +298,24 @@ def test_retrieval_of_a_folder(files, tmp_path):
                     "--split", "test", "--arch", "resnet18")
     assert float(others[0]["of_any_pair"]) == pytest.approx(2 * 2 / 12)  # a b a b
     assert float(others[0]["share_a_class"]) == pytest.approx(1 / 3)  # all others are neighbours
+
+
+def test_a_broken_image_is_left_out_and_named(files, tmp_path, capsys):
+    """Another image in its place would be there twice, and be its own neighbour."""
+    make_photos(tmp_path / "photos", 101, size=(20, 16))
+    (tmp_path / "photos" / "0003.jpg").write_bytes(b"no jpeg")
+    words = "--arch", "resnet18", "--data", tmp_path / "photos"
+    (row,) = figure(files, tmp_path, "retrieval", *words)
+    assert row["images"] == "100" and float(row["first_cosine"]) < 0.99999
+    assert "0003.jpg: left out" in capsys.readouterr().out
+    (tmp_path / "photos" / "0004.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(SystemExit, match="over 1% of 101 images"):
+        figure(files, tmp_path, "retrieval", *words)
+
+
+def test_a_swin_shows_no_attention(files, tmp_path):
+    rows = figure(files, tmp_path, "attention", "--arch", "swin_t", "--rows", 1)
+    assert float(rows[0]["share_above_half"]) == 0  # its layer norm leaves a mean of 0 everywhere
 
 
 def test_iou_similarity_of_voc(files, tmp_path):
@@ -306,7 +357,7 @@ def test_similarity_of_detcos_heads(files, tmp_path):
     assert float(heads["positive_local"]) != 1
     save_checkpoint(tmp_path / "checkpoint.pt", **{**saved, "args": {**vars(recipe),
                                                                       "no_local": True}})
-    with pytest.raises(SystemExit, match="no local heads"):
+    with pytest.raises(SystemExit, match="has no local head at Res5"):
         figure(files, tmp_path, *words)
 
 
@@ -315,7 +366,7 @@ def test_features_of_an_fpn(files, tmp_path):
     model = build_detector("resnet18", 2, fpn_channels=8)
     save_checkpoint(tmp_path / "detector.pt", **model.state_dict())
     rows = figure(files, tmp_path, "features", "--weights", tmp_path / "detector.pt", "none")
-    assert [row["level"] for row in rows] == ["P2", "P3", "P4", "P5", "Res2", "Res3", "Res4", "Res5"]
+    assert [row["level"] for row in rows] == [f"{n}{i}" for n in ("P", "Res") for i in range(2, 6)]
 
 
 def test_detections_of_a_fine_tuned_detector(files, tmp_path):
@@ -325,6 +376,9 @@ def test_detections_of_a_fine_tuned_detector(files, tmp_path):
                   tmp_path / "ft" / "checkpoint.pt", "none")
     assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
     assert rows[0]["annotated"] == rows[2]["annotated"] != "0"
+    rows = figure(files, tmp_path, "detections", "--rows", 2, "--dataset", "voc", "--split", "test",
+                  "--data", files / "voc", "--arch", "resnet18")
+    assert [row["annotated"] for row in rows] == ["1", "1"]
 
 
 def test_curves_of_runs(files, tmp_path):
@@ -337,6 +391,12 @@ def test_curves_of_runs(files, tmp_path):
     assert [float(rows[1][k]) for k in ("first", "last", "least", "most")] == [5, 1, 1, 5]
     rows = figure(files, tmp_path, "curves", "--weights", tmp_path / "a" / "log.csv")
     assert {r["column"] for r in rows} == {"loss", "lr"}
+    (tmp_path / "a" / "log.csv").write_text("step,epoch,gg\n1,0.5,3\n2,1.0")  # cut off
+    assert len(figure(files, tmp_path, "curves", "--weights", tmp_path / "a")) == 1
+    with pytest.raises(SystemExit, match="no column is in two of the logs"):
+        figure(files, tmp_path, "curves", "--weights", tmp_path / "a", tmp_path / "b")
+    with pytest.raises(SystemExit, match="is no log of a run"):
+        figure(files, tmp_path, "curves", "--weights", files / "backbone.pt")
 
 
 def test_bad_input_is_one_line(files, tmp_path):
@@ -354,7 +414,9 @@ def test_bad_input_is_one_line(files, tmp_path):
             (["attention", "--out", "x.docx"], "no picture's ending"),
             (["curves"], "curves takes folders of runs"),
             (["detections", "--weights", weights], "is no checkpoint of finetune_fasterrcnn"),
-            (["detections", "--data", photos], "need --dataset voc or coco")):
+            (["detections", "--data", photos], "need --dataset voc or coco"),
+            (["detections", "--dataset", "voc"], "these need --data"),
+            (["features", "--dataset", "voc"], "--dataset voc needs --data")):
         with pytest.raises(SystemExit, match=message):
             main([words[0], "--out", str(tmp_path / "x.png"), *words[1:]])
     assert not (tmp_path / "x.png").exists()
