@@ -29,7 +29,6 @@ import torchvision
 from PIL import Image
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import RandomResizedCrop
@@ -441,28 +440,38 @@ def mlp(c_in, hidden, c_out):
 # --------------------------------------------------------- contrast: InfoNCE, queue, momentum; LARS
 
 
+class _InfoNCE(torch.autograd.Function):  # the sum over the rows, all float32
+    @staticmethod
+    def forward(ctx, q, k, negatives, tau, chunk):
+        loss, gradient = q.new_zeros(()), torch.zeros_like(q)
+        for q_i, k_i, to_q in zip(*(x.split(chunk) for x in (q, k, gradient))):
+            positive = (q_i * k_i).sum(1) / tau  # (n,)
+            logits = q_i / tau @ negatives.T  # (n, K)
+            whole = torch.logaddexp(positive, logits.logsumexp(1))  # (n,)
+            loss += (whole - positive).sum()
+            if ctx.needs_input_grad[0]:  # d loss / d logit is the softmax, less 1 for the positive
+                softmax = logits.sub_(whole.unsqueeze(1)).exp_()  # (n, K), of the negatives
+                to_k = torch.expm1(positive - whole).unsqueeze(1)  # (n, 1)
+                to_q.copy_((softmax @ negatives + to_k * k_i) / tau)
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, outer):
+        return outer * ctx.saved_tensors[0], None, None, None, None
+
+
 def info_nce(q, k, negatives, tau, chunk=None):
     """-log exp(q.k/tau) / (exp(q.k/tau) + sum_j exp(q.n_j/tau)), mean over N rows (MoCo, Eq. 1).
 
-    q, k: (N, D); negatives: (K, D); unit rows.  Returns a float32 scalar (0 for N = 0).
-    ``chunk`` rows of logits at a time exist in memory (about 2**25 logits by default); where that
-    takes several chunks, each is computed again in the backward pass.  ``negatives`` must
-    therefore not change before it.
+    q, k: (N, D); negatives: (K, D); unit rows.  Returns a float32 scalar (0 for N = 0), with a
+    gradient to q alone.  ``chunk`` rows of logits at a time exist in memory (about 2**25 logits by
+    default): the gradient is computed beside the loss, and the logits are not kept for it.
     """
-    q, k, negatives = q.float(), k.float(), negatives.float()
-
-    def summed(q, k):
-        with torch.autocast(q.device.type, enabled=False):
-            positive = (q * k).sum(1) / tau  # (n,)
-            others = (q @ negatives.T / tau).logsumexp(1)  # (n,)
-            return (torch.logaddexp(positive, others) - positive).sum()
-
     chunk = chunk or max(1, 2 ** 25 // max(1, len(negatives)))
-    if len(q) <= chunk:
-        return summed(q, k) / max(1, len(q))
-    sums = [checkpoint(summed, *part, use_reentrant=False, preserve_rng_state=False)
-            for part in zip(q.split(chunk), k.split(chunk))]
-    return sum(sums) / len(q)
+    with torch.autocast(q.device.type, enabled=False):
+        total = _InfoNCE.apply(q.float(), k.float(), negatives.float(), tau, chunk)
+    return total / max(1, len(q))
 
 
 @torch.no_grad()
