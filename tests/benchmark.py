@@ -22,6 +22,7 @@ import argparse
 import contextlib
 import csv
 import io
+import os
 import resource
 import subprocess
 import sys
@@ -360,7 +361,8 @@ def main():
     parser.add_argument("--arch", default="resnet50", help="step: the backbone")
     parser.add_argument("--batch-size", type=int, default=256, help="step: images")
     parser.add_argument("--steps", type=int, default=5, help="step: how many a round, after two")
-    parser.add_argument("--workers", type=int, default=8, help="step: loading processes")
+    parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
+                        help="step: loading processes")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--queue-size", type=int, default=65536, help="step: K")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="step: any of the "
