@@ -19,20 +19,20 @@ import finetune_fasterrcnn
 import moco_v2
 import soco
 
-MOCO = ("moco_v2.py --scenes 24 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
+MOCO = ("moco_v2.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
         "--dim 16 --bn-groups 2 --log-every 2").split()
 DETCO = ["detco.py", *MOCO[1:], "--local-size", "54"]
 DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--patch-keys", "8", "--rand-augment"]
-SOCO = ("soco.py --scenes 24 --epochs 3 --batch-size 8 --image-size 32 --small-size 32 "
+SOCO = ("soco.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --small-size 32 "
         "--fpn-channels 8 --hidden 24 --dim 16 --log-every 2").split()
-BARLOW = ("barlow_twins.py --scenes 24 --epochs 3 --batch-size 8 --image-size 32 --dim 16 "
+BARLOW = ("barlow_twins.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --dim 16 "
           "--log-every 2").split()
-DETECTOR = ("finetune_fasterrcnn.py --train-scenes 16 --test-scenes 6 --iterations 12 "
+DETECTOR = ("finetune_fasterrcnn.py --train-scenes 12 --test-scenes 4 --iterations 9 "
             "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 "
             "--log-every 2").split()
 ADAM = [*DETECTOR, "--optimizer", "adam"]
-STEPS = {"moco_v2.py": 9, "detco.py": 9, "dupr.py": 9, "soco.py": 9, "barlow_twins.py": 9,
-         "finetune_fasterrcnn.py": 12}
+STEPS = {"moco_v2.py": 6, "detco.py": 6, "dupr.py": 6, "soco.py": 6, "barlow_twins.py": 6,
+         "finetune_fasterrcnn.py": 9}
 
 
 def assert_identical(a, b, path="checkpoint"):
@@ -105,7 +105,7 @@ def test_stopped_and_started_again_in_one_process(tmp_path, capsys, method, scri
         assert names == {"args.json", "checkpoint.pt", "curves.png", "log.csv", "backbone.pt",
                          "detector.pt", "proposals.npz"}
         momenta = [float(value) for value in column(tmp_path / "killed", "momentum")]
-        means = [1 - 0.01 * (math.cos(math.pi * step / 9) + 1) / 2 for step in range(9)]
+        means = [1 - 0.01 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(6)]
         rows = [0, *map(int, column(tmp_path / "killed", "step"))]  # 0.99 to 1 over the whole run
         assert momenta == pytest.approx([sum(means[a:b]) / (b - a) for a, b in zip(rows, rows[1:])])
 
@@ -151,13 +151,10 @@ def test_stopped_and_started_again_ends_bit_identical(tmp_path, script, workers,
 
 
 def test_bad_input_is_one_line_in_every_process(tmp_path):
-    for processes in (0, 2):
-        code, out, err = run("moco_v2.py", "--data", tmp_path / "nowhere", "--out", tmp_path,
-                             processes=processes)
-        assert code != 0 and not out
-        assert err.count("error: no such folder") == 1
-        if not processes:
-            assert err.count("\n") == 1
+    code, out, err = run("moco_v2.py", "--data", tmp_path / "nowhere", "--out", tmp_path,
+                         processes=2)
+    assert code != 0 and not out
+    assert err.count("error: no such folder") == 1
 
 
 # -------------------------------------------------------------- in this process: one line, and why
@@ -269,7 +266,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     assert "the loss is not finite at step 2; checkpoint: none" in refusal(
         moco_v2.main, [*words, "--lr", "1e30"])
     assert not (tmp_path / "checkpoint.pt").exists()
-    error = refusal(finetune_fasterrcnn.main, [*DETECTOR[1:], "--lr", "1e30", "--warmup", 5,
+    error = refusal(finetune_fasterrcnn.main, [*DETECTOR[1:], "--lr", "1e30", "--warmup", 2,
                                                "--workers", 0, "--out", tmp_path])
     assert "the loss is not finite at step" in error
 

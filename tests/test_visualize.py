@@ -14,6 +14,7 @@ import detco
 import dupr
 import visualize
 from common import View, export_backbone, random_resized_crop, resnet_stages, save_checkpoint
+from finetune_fasterrcnn import RECIPES
 from finetune_fasterrcnn import main as fine_tune
 from visualize import (METHODS, attention_map, boxes_of_iou, correspond, counterpart, main, matches,
                        neighbours, pair_similarity, pooled, views_of)
@@ -369,13 +370,15 @@ def test_features_of_an_fpn(files, tmp_path):
     assert [row["level"] for row in rows] == [f"{n}{i}" for n in ("P", "Res") for i in range(2, 6)]
 
 
-def test_detections_of_a_fine_tuned_detector(files, tmp_path):
+def test_detections_of_a_fine_tuned_detector(files, tmp_path, monkeypatch):
     fine_tune(["--iterations", "1", "--train-scenes", "8", "--test-scenes", "4", "--workers", "0",
                "--rois", "8", "--fpn-channels", "8", "--out", str(tmp_path / "ft")])
     rows = figure(files, tmp_path, "detections", "--rows", 2, "--weights",
                   tmp_path / "ft" / "checkpoint.pt", "none")
     assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
     assert rows[0]["annotated"] == rows[2]["annotated"] != "0"
+    monkeypatch.setitem(RECIPES["voc"], "min_size", [64])  # not 800 pixels
+    monkeypatch.setitem(RECIPES["voc"], "max_size", 64)
     rows = figure(files, tmp_path, "detections", "--rows", 2, "--dataset", "voc", "--split", "test",
                   "--data", files / "voc", "--arch", "resnet18")
     assert [row["annotated"] for row in rows] == ["1", "1"]
