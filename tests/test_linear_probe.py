@@ -220,8 +220,8 @@ def one_of_two(number, folder, *commands):
 def test_one_process_and_two(classes, tmp_path, capsys):
     words = "--train-scenes 41 --test-scenes 31 --image-size 32 --workers 0 --levels res3 --out"
     main([*words.split(), str(tmp_path / "one")])
-    folder = [*map(str, ("--dataset", "folder", "--data", classes, *SMALL, "--epochs", 10, "--out"))]
-    start_processes(one_of_two, (tmp_path, words.split(), folder), 2)
+    folder = ["--dataset", "folder", "--data", classes, *SMALL, "--epochs", 10, "--out"]
+    start_processes(one_of_two, (tmp_path, words.split(), [*map(str, folder)]), 2)
     one, two, softmax = (json.loads((tmp_path / name / "probe.json").read_text())["random"]
                          for name in ("one", "two0", "two1"))
     assert [*softmax] == LEVELS
