@@ -42,7 +42,7 @@ Where this differs from the paper, or it is silent
       number of processes, which LARS undoes, but not for biases and batch norm.
     - The last batch norm of a residual block starts at one, the authors' at zero.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.  bfloat16
-      on GPUs; the loss is float32.
+      on GPUs; the loss is float32 (its matrix product TF32).
 """
 import argparse
 import math

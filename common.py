@@ -7,6 +7,7 @@ batch -> device: colour, blur, normalise, for the whole batch at once -> encoder
 """
 import argparse
 import csv
+import fcntl
 import json
 import math
 import os
@@ -16,7 +17,9 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
+import warnings
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -65,6 +68,11 @@ def read_image(path):
         return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
 
 
+def _left_out(error):  # a folder below --data that os.walk cannot list
+    if rank() == 0:
+        print(f"cannot list {error.filename!r}: left out ({error.strerror})", flush=True)
+
+
 class ImageFiles(Dataset):
     """Every image below a folder, in any layout, sorted by path: item i is (3, H, W) uint8.
 
@@ -77,7 +85,7 @@ class ImageFiles(Dataset):
         if not os.path.isdir(root):
             raise InputError(f"no such folder: {root}")
         self.root, self.paths, seen = os.fspath(root), [], set()
-        for folder, below, files in os.walk(root, followlinks=True):
+        for folder, below, files in os.walk(root, onerror=_left_out, followlinks=True):
             seen.add(os.path.realpath(folder))
             below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
             self.paths += [os.path.join(folder, f) for f in files
@@ -151,9 +159,18 @@ class _Drawn(Dataset):
         return self.draw(self.data[index])
 
 
-def leave_group(_worker=None):
-    """For a loading process: Ctrl-C then reaches the training process alone, which ends it."""
-    os.setpgrp()
+def obey_parent(_worker=None):
+    """For a loading process: Ctrl-C and SIGTERM, which a scheduler sends to all processes of a job,
+    are the training process's to answer; SIGTERM from that one ends this one."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def steps_per_epoch(data, batch_size):
@@ -183,7 +200,7 @@ def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
             yield [(epoch, int(i)) for i in order[start:start + mine]]
 
     return DataLoader(_Drawn(data, draw, seed), batch_sampler=batches(), num_workers=workers,
-                      collate_fn=collate_fn, worker_init_fn=leave_group,
+                      collate_fn=collate_fn, worker_init_fn=obey_parent,
                       pin_memory=torch.cuda.is_available())
 
 
@@ -301,7 +318,7 @@ def measure_normalisation(images, workers=0):
     if rank():
         return None
     loader = DataLoader(_Histograms(images), batch_size=None, num_workers=workers,
-                        worker_init_fn=leave_group)
+                        worker_init_fn=obey_parent)
     counts, value = torch.zeros(3, 256, dtype=torch.long), torch.arange(256).double() / 255
     for done, histogram in enumerate(loader, 1):
         counts += histogram
@@ -310,9 +327,9 @@ def measure_normalisation(images, workers=0):
     broken = [p for p, b in zip(getattr(images, "paths", ()), getattr(images, "broken", ())) if b]
     if len(broken) > 0.01 * len(images):
         raise InputError(f"{len(broken)} of {len(images)} images cannot be decoded: over 1% "
-                         f"({broken[0]} is one)")
+                         f"({broken[0]!r} is one)")
     for path in broken:
-        print(f"cannot decode {path}: left out")
+        print(f"cannot decode {path!r}: left out")
     share = counts / counts.sum(1, keepdim=True).double()  # (3, 256)
     mean = (share * value).sum(1)  # (3,)
     std = (share * (value - mean.unsqueeze(1)) ** 2).sum(1).sqrt()  # (3,)
@@ -447,12 +464,14 @@ class _InfoNCE(torch.autograd.Function):  # the sum over the rows, all float32
         for q_i, k_i, to_q in zip(*(x.split(chunk) for x in (q, k, gradient))):
             positive = (q_i * k_i).sum(1) / tau  # (n,)
             logits = q_i / tau @ negatives.T  # (n, K)
-            whole = torch.logaddexp(positive, logits.logsumexp(1))  # (n,)
+            share = logits.log_softmax(1)  # (n, K), of each among the negatives
+            rest = logits[:, 0] - share[:, 0]  # (n,), the logits' logsumexp
+            whole = torch.logaddexp(positive, rest)  # (n,)
             loss += (whole - positive).sum()
             if ctx.needs_input_grad[0]:  # d loss / d logit is the softmax, less 1 for the positive
-                softmax = logits.sub_(whole.unsqueeze(1)).exp_()  # (n, K), of the negatives
+                to_n = (rest - whole).exp().unsqueeze(1) * (share.exp_() @ negatives)  # (n, D)
                 to_k = torch.expm1(positive - whole).unsqueeze(1)  # (n, 1)
-                to_q.copy_((softmax @ negatives + to_k * k_i) / tau)
+                to_q.copy_((to_n + to_k * k_i) / tau)
         ctx.save_for_backward(gradient)
         return loss
 
@@ -588,13 +607,20 @@ def setup():
     Returns this process's device.
     """
     cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+        get, store = os.environ.get, None
+        if get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # it holds addresses of before a restart
+            store = dist.TCPStore(get("MASTER_ADDR"), int(get("MASTER_PORT")), is_master=False)
+            store = dist.PrefixStore(f"restart {get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=int(get("RANK")), world_size=int(get("WORLD_SIZE")))
     if cuda and local >= torch.cuda.device_count():
         raise InputError(f"{local + 1} processes, but {torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local)
         torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one
+        torch.set_float32_matmul_precision("high")  # TF32: finer than the bfloat16 that comes in
     return torch.device("cuda" if cuda else "cpu")
 
 
@@ -633,6 +659,7 @@ def summed(x):
 def launch(train, args):
     """Run ``train(args, device)`` as a command: join the processes, leave them at the end, and
     answer bad input with one line and exit status 1."""
+    local = int(os.environ.get("LOCAL_RANK", 0))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
@@ -641,9 +668,16 @@ def launch(train, args):
             for number, handler in before.items():
                 signal.signal(number, handler)
     except (InputError, OSError) as error:
-        if int(os.environ.get("LOCAL_RANK", 0)):  # what all know the first one says; torchrun then
-            time.sleep(3)  # ends the others, and one that lives on has something of its own to say
-        sys.exit("error: " + str(error).rsplit("InputError: ", 1)[-1].strip())
+        if local:  # what all know the first one says; torchrun then ends the others, and one that
+            time.sleep(3)  # lives on has something of its own to say
+        where = f"{args.out}: " if getattr(error, "filename", "") is None else ""  # of a full disk
+        sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())
+    except RuntimeError as error:
+        worker = re.search("DataLoader worker.* (exited|killed).*", str(error))
+        if not worker and "by peer" not in str(error) and "remote process" not in str(error):
+            raise
+        why = worker[0] if worker else "another process has ended"
+        sys.exit(1 if local and not worker else f"error: {why}; the same command goes on")
     except KeyboardInterrupt as stopped:  # outside of a Run's steps
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
@@ -667,11 +701,15 @@ def check(args, **bounds):
 def save_checkpoint(path, **state):
     """Write ``state`` whole or not at all: to a temporary name first, then renamed."""
     temporary = f"{path}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # a full disk, which torch's own error can hide
+        Path(temporary).unlink(missing_ok=True)
+        raise error.__context__ if isinstance(error.__context__, OSError) else error
 
 
 def load_checkpoint(path):
@@ -816,6 +854,8 @@ class Run:
         self.window, self.broken, self.signal = [], set(), 0
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            self._lock()
         if args.fresh and rank() == 0:
             for old in ("checkpoint.pt", "backbone.pt", "detector.pt", "curves.png",
                         "correlation.png", "ap.json", "detections.png"):
@@ -838,20 +878,38 @@ class Run:
         self.drawn = time.monotonic()
         self.began = self.logged = (self.drawn, self.step)
 
+    def _lock(self):
+        """Keep other runs out of the folder as long as this process lives, however it ends."""
+        self.lock = open(self.out / "lock", "a")
+        for wait in [0.1] * 50 + [0]:  # what is left of a killed run ends with its step
+            try:
+                return fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                time.sleep(wait)
+            except OSError:  # a file system without locks
+                return None
+        raise InputError(f"another run is at work in {self.out}: wait, or give another --out")
+
     def _resume(self):
         state = load_checkpoint(self.checkpoint)
         method = state.get("method") if isinstance(state, dict) else None
         if method != self.method:
             raise InputError(f"{self.checkpoint} is a checkpoint of {method}, not of {self.method}")
-        old, new = state["args"], json.loads(json.dumps(self.args))
-        other = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
-                 if old.get(k) != new.get(k)]
-        if other:
-            raise InputError(f"{self.out} holds a run with other arguments: {', '.join(other)}; "
-                             "give the same ones, another --out, or --fresh to start over")
-        for name, part in self.parts.items():
-            part.load_state_dict(state[name])
-        self.step = state["step"]
+        try:
+            old, new = state["args"], json.loads(json.dumps(self.args))
+            other = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
+                     if old.get(k) != new.get(k)]
+            if other:
+                raise InputError(f"{self.out} holds a run with other arguments: {', '.join(other)}"
+                                 "; give the same ones, another --out, or --fresh to start over")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step = int(state["step"])
+        except InputError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{self.checkpoint} does not fit: "
+                             f"{' '.join(str(error).split())[:200]}") from None
         self.say(f"{self.out}: going on after step {self.step}" if self.step < self.steps else
                  f"{self.out}: finished, all {self.steps} steps are done; --fresh starts over")
 
@@ -946,7 +1004,7 @@ class Run:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         broken = set(flags.nonzero().flatten().tolist())
         for i in sorted(broken - self.broken):
-            self.say(f"cannot decode {self.images.paths[i]}: another image stands in for it "
+            self.say(f"cannot decode {self.images.paths[i]!r}: another image stands in for it "
                      f"({len(broken)} of {len(flags)} so far)")
         self.broken = broken
         if len(broken) > 0.01 * len(flags):

@@ -65,8 +65,8 @@ from torchvision.ops._utils import split_normalization_params
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
-                    backbone_stages, check, launch, leave_group, load_backbone, load_batches,
-                    load_checkpoint, rank, read_or_next, seed_for, steps_per_epoch, world_size)
+                    backbone_stages, check, launch, load_backbone, load_batches, load_checkpoint,
+                    obey_parent, rank, read_or_next, seed_for, steps_per_epoch, world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -640,7 +640,7 @@ def evaluate(model, dataset, args, device, run):
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
                for start in range(0, len(dataset), args.batch_size)]  # as many in every process
     loader = DataLoader(dataset, batch_sampler=batches, collate_fn=list, num_workers=args.workers,
-                        worker_init_fn=leave_group, pin_memory=device.type == "cuda")
+                        worker_init_fn=obey_parent, pin_memory=device.type == "cuda")
     mine, began = [], time.monotonic()
     for buffer in model.buffers() if world_size() > 1 else ():
         dist.broadcast(buffer, src=0)  # the batch statistics that the checkpoint holds

@@ -50,7 +50,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2.functional import center_crop, resize
 
-from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, check, launch, leave_group,
+from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, check, launch, obey_parent,
                     photometric, rank, read_image, seed_for, world_size)
 from finetune_fasterrcnn import RECIPES, LabelledScenes, read_coco, read_voc
 from visualize import LEVELS, PALETTE, backbones, name_weights
@@ -166,7 +166,7 @@ def extract(stages, data, args, device, what):
     float32, and their numbers (n,).  InputError: over 1% cannot be decoded."""
     mine = range(rank(), len(data), world_size())
     loader = DataLoader(data, max(1, args.batch_size // world_size()), sampler=mine,
-                        num_workers=args.workers, worker_init_fn=leave_group,
+                        num_workers=args.workers, worker_init_fn=obey_parent,
                         pin_memory=device.type == "cuda")
     means, kept, broken, began, last = [], [], [], time.monotonic(), 0
     for pixels, index, fine in loader:

@@ -34,7 +34,8 @@ Where this differs from the paper, or the paper is silent
       vectors are so easily told from keys that they teach a small run one constant answer in its
       first steps; --random-queue gives the original start.
     - The cosine falls with every step, not with every epoch.
-    - bfloat16 on GPUs, where the paper trained in float32; embeddings and loss are float32.
+    - bfloat16 on GPUs, where the paper trained in float32; embeddings and loss are float32
+      (matrix products TF32).
 """
 import argparse
 import copy

@@ -60,7 +60,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.ops import box_iou
 from torchvision.transforms.v2.functional import resize
 
-from common import ImageFiles, InputError, check, launch, leave_group
+from common import ImageFiles, InputError, check, launch, obey_parent
 
 STRATEGIES = {  # colours, terms of the similarity, k
     "single": (["hsv"], ["colour texture size fill"], [100]),
@@ -348,7 +348,7 @@ def search(images, out, strategy, size, workers, fresh=False):
     before = [(n, signal.signal(n, interrupt)) for n in (signal.SIGINT, signal.SIGTERM)]
     loader = DataLoader(Search(images, strategy, size), batch_size=None, num_workers=workers,
                         sampler=range(first, len(names)), collate_fn=np.asarray,
-                        worker_init_fn=leave_group)
+                        worker_init_fn=obey_parent)
     try:
         for boxes in loader if first < len(names) else ():
             found.append(boxes)

@@ -44,7 +44,7 @@ Where this differs from the paper, or it is silent
       learning rate, as in the authors' code; the paper's are 0.5 and 0.1 in both, and 0.002.
     - The last batch norm of a residual block starts at one, the authors' at zero.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.  bfloat16
-      on GPUs; the loss is float32.
+      on GPUs; the loss is float32 (its matrix product TF32).
 """
 import argparse
 import math

@@ -1,12 +1,16 @@
 """Puts the project's folder on the path, and gives the tests small image folders of their own."""
 import csv
+import importlib
 import multiprocessing
 import os
+import resource
 import shutil
+import socket
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -36,16 +40,48 @@ def photos(tmp_path_factory):
 
 
 @pytest.fixture
-def tmp_path(tmp_path):
-    """pytest's own, removed after its test: a suite's checkpoints are 8 GB, kept for three."""
-    yield tmp_path
-    shutil.rmtree(tmp_path, ignore_errors=True)
+def tmp_path():
+    """In memory where there is room, and removed after its test: a suite writes 8 GB, and each
+    checkpoint waits for the disk."""
+    room = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2 ** 32
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if room else None) as folder:
+        yield Path(folder)
 
 
 def start_processes(function, args, processes):
     """function(number, *args) in each of so many processes, forked from one that has torch."""
     multiprocessing.set_forkserver_preload(["torchvision"])
     torch.multiprocessing.start_processes(function, args, processes, start_method="forkserver")
+
+
+def _main(script, words, environment, log, file_size):
+    multiprocessing.set_start_method("fork", force=True)  # of the loading processes, as elsewhere
+    os.environ.update(environment)
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1), os.dup2(log, 2)
+    if file_size:  # bytes that a file may have, as on a disk that is full
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+    torch.set_num_threads(1)
+    importlib.import_module(script).main(words)
+
+
+def fork(script, *words, log, processes=1, file_size=0):
+    """Start main(words) of a script in processes of its own, which write to the file ``log``: as
+    command does, but without seconds of imports, and without torchrun."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torchvision"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    started = []
+    for number in range(processes):
+        environment = dict(RANK=number, LOCAL_RANK=number, WORLD_SIZE=processes, MASTER_PORT=port,
+                           MASTER_ADDR="127.0.0.1") if processes > 1 else {}
+        environment = {name: str(value) for name, value in environment.items()}
+        started.append(context.Process(target=_main, args=(
+            script.removesuffix(".py"), [*map(str, words)], environment, str(log), file_size)))
+        started[-1].start()
+    return started
 
 
 def coordinates(width, height):

@@ -206,7 +206,7 @@ def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
     assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
     assert std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-9)
     assert capsys.readouterr().out == (
-        f"cannot decode {images.paths[-1]}: left out\n105 images:  "
+        f"cannot decode {images.paths[-1]!r}: left out\n105 images:  "
         f"--mean {' '.join(f'{v:.4f}' for v in mean)} --std {' '.join(f'{v:.4f}' for v in std)}\n")
 
 

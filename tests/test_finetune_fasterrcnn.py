@@ -980,7 +980,8 @@ def test_voc_from_end_to_end(tmp_path, capsys):
                  "VOC07's 11-point rule:  AP ", "21 of 21 batch norm layers train"):
         assert text in out
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
-        "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "log.csv"}
+        "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "lock",
+        "log.csv"}
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
     assert set(ap) == {*NAMES, "per_class", "VOC07"} and set(ap["per_class"]) == {"cat", "dog"}
     # the recipe: lr 0.02 for 16 images, 4 here; the last of 4 steps is after the drop at 3
