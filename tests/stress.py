@@ -55,7 +55,7 @@ def difference(one, other):
 
 
 def kill_one(processes, rng, at_save, out, seconds):
-    """SIGKILL to one of the processes, at the given moment; how the run had ended if it was over."""
+    """SIGKILL to one of the processes at the given moment, unless the run is over -> their ends."""
     half, until = out / "checkpoint.pt.tmp", time.monotonic() + seconds * rng.random()
     while any(p.is_alive() for p in processes):
         if half.exists() if at_save else time.monotonic() > until:
@@ -119,8 +119,8 @@ def ranks(out):
     for path in Path("/proc").iterdir():
         try:
             words = (path / "cmdline").read_bytes().split(b"\0")
-            environment = dict(e.split(b"=", 1) for e in (path / "environ").read_bytes().split(b"\0")
-                               if b"=" in e)
+            environment = (path / "environ").read_bytes().split(b"\0")
+            environment = dict(entry.split(b"=", 1) for entry in environment if b"=" in entry)
             parent = int((path / "status").read_text().split("PPid:\t")[1].split()[0])
         except (OSError, ValueError, IndexError):
             continue
@@ -293,8 +293,8 @@ def long(args):
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            words = [*RUNS[method], "--scenes", 1600, "--epochs", -(-args.steps // 200), "--workers",
-                     2, "--log-every", 50, "--out", folder / "run"]
+            words = [*RUNS[method], "--scenes", 1600, "--epochs", -(-args.steps // 200),
+                     "--workers", 2, "--log-every", 50, "--out", folder / "run"]
             process, = fork(*words, log=folder / "log")
             table = folder / "run" / "log.csv"
             rows = []  # of step, memory and open files of the run, memory of its loading processes

@@ -1,4 +1,4 @@
-"""Faults as they happen, to real processes and files; tests/stress.py has those that take longer."""
+"""Faults as they happen, to real processes and files; stress.py has those that take longer."""
 import csv
 import os
 import pickle
@@ -172,7 +172,7 @@ def finished(tmp_path_factory):
 def changed(state, name, value):
     """A checkpoint in which one entry is another, or is gone."""
     state = {**state, "model": {**state["model"]}, "args": {**state["args"]}}
-    place = state if name in state else next(state[k] for k in ("args", "model") if name in state[k])
+    place = next(each for each in (state, state["args"], state["model"]) if name in each)
     place[name] = value
     if value is None:
         del place[name]
@@ -181,8 +181,9 @@ def changed(state, name, value):
 
 @pytest.mark.parametrize("name, value, message", [
     ("method", "detco", "is a checkpoint of detco, not of moco_v2"),
-    ("queue_size", 32, "queue_size 32 (now 16)"), ("arch", "resnet34", "arch resnet34 (now resnet18"),
-    ("tau", None, "tau None (now 0.2)"), ("args", None, "does not fit: 'args'"), ("step", "two", "does not fit: invalid literal"),
+    ("queue_size", 32, "queue_size 32 (now 16)"),
+    ("arch", "resnet34", "arch resnet34 (now resnet18"), ("tau", None, "tau None (now 0.2)"),
+    ("args", None, "does not fit: 'args'"), ("step", "two", "does not fit: invalid literal"),
     ("optimizer", None, "does not fit: 'optimizer'"), ("optimizer", [1], "does not fit: "),
     ("queue.keys", torch.zeros(32, 16), "does not fit: Error(s) in loading state_dict"),
     ("queue.keys", None, "does not fit: Error(s) in loading state_dict"),
@@ -244,7 +245,7 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
 
 
 def make_odd(folder):
-    """Images of every kind that may lie in a folder -> the names of those that cannot be decoded."""
+    """Images of every kind that may lie in a folder -> names of those that cannot be decoded."""
     rng = np.random.default_rng(0)
 
     def noise(height, width, *channels):
@@ -252,18 +253,20 @@ def make_odd(folder):
 
     (folder / "x.jpg").mkdir(parents=True)
     for name, pixels, mode in (
-            ("x.jpg/in a folder.jpg", noise(40, 50, 3), "RGB"), ("alpha.png", noise(40, 50, 4), "RGBA"),
-            ("gray.png", noise(40, 50, 2), "LA"), ("cmyk.jpg", noise(40, 50, 4), "CMYK"),
-            ("one.png", noise(1, 1, 3), "RGB"), ("panorama.jpg", noise(50, 20000, 3), "RGB"),
-            ("tower.png", noise(20000, 50, 3), "RGB"), ("ünï\n図 'of' \".jpg", noise(40, 50), "L")):
-        Image.fromarray(pixels, mode).save(folder / name)
+            ("x.jpg/in a folder.jpg", noise(40, 50, 3), "RGB"),
+            ("alpha.png", noise(40, 50, 4), "RGBA"), ("gray.png", noise(40, 50, 2), "LA"),
+            ("cmyk.jpg", noise(40, 50, 4), "CMYK"), ("one.png", noise(1, 1, 3), "RGB"),
+            ("panorama.jpg", noise(50, 20000, 3), "RGB"),
+            ("tower.png", noise(20000, 50, 3), "RGB"), ("ünï\n図 'of'.jpg", noise(40, 50), "L")):
+        Image.frombytes(mode, pixels.shape[1::-1], pixels.tobytes()).save(folder / name)
     Image.fromarray(rng.integers(0, 2 ** 16, (40, 50), np.uint16)).save(folder / "sixteen.png")
     Image.fromarray(noise(40, 50) > 128).save(folder / "bits.png")
     Image.fromarray(noise(40, 50, 3)).convert("P").save(folder / "palette.png", transparency=3)
     Image.fromarray(np.full((40, 50), np.nan, np.float32)).save(folder / "nan.tiff")
     whole = (folder / "panorama.jpg").read_bytes()
-    for name, content in ((b"latin \xe9.jpg", (folder / "cmyk.jpg").read_bytes()), (b"zero.jpg", b""),
-                          (b"text.jpg", b"no image"), (b"cut.jpg", whole[:len(whole) // 2]),
+    cmyk = (folder / "cmyk.jpg").read_bytes()
+    for name, content in ((b"latin \xe9.jpg", cmyk), (b"cut.jpg", whole[:len(whole) // 2]),
+                          (b"text.jpg", b"no image"), (b"zero.jpg", b""),
                           (b"broken \xff\n.jpg", b"")):
         with open(os.fsencode(folder) + b"/" + name, "wb") as file:
             file.write(content)
