@@ -2,7 +2,8 @@
 
     python tests/stress.py kill [--methods moco_v2 ...] [--times 20] [--processes 1 2]
     python tests/stress.py torchrun      signals, restarts, two agents as two machines start them
-    python tests/stress.py disk          a file system that fills up
+    python tests/stress.py disk [--methods ...]         a file system that fills up
+    python tests/stress.py numbers       batches, queues and processes that do not fit, for all
     python tests/stress.py files [--number 100000]      listing, and the memory of loading processes
     python tests/stress.py long [--steps 2000]          memory and open files over a run
 
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 from conftest import command, fork, make_photos
-from test_faults import ended, loaders
+from test_faults import NUMBERS, assert_ends_with, ended, loaders, start_numbers
 from test_runs import BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, assert_identical
 
 import common
@@ -211,7 +212,24 @@ def agents(words, whole, folder):
                difference(whole, out) or any(codes))
 
 
-# --------------------------------------------------------------------------------------------- disk
+# --------------------------------------------------------------------------------- numbers and disk
+
+
+def numbers(args):
+    for flags, processes, message in NUMBERS:
+        for method in args.methods:
+            words, lost = RUNS[method], None
+            if message and (
+                    "queue" in message and "--queue-size" not in words
+                    or "one value" in message and method == "finetune_fasterrcnn"):
+                continue  # it has no queue; its batch norm sees many values of one image
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    assert_ends_with(start_numbers(words, flags, processes, Path(folder)), message)
+                except AssertionError as error:
+                    lost = str(error)
+            report(f"{method} {flags}, {processes} processes", 1,
+                   f"one line: {message}" if message else "trains", lost)
 
 
 def disk(args):
@@ -255,11 +273,11 @@ def private(pid):
 def files(args):
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_photos(folder / "one", 1)
+        make_photos(folder / "few", 10)  # a file may have some 65,000 names
         for i in range(args.number):
             if i % 1000 == 0:
                 (folder / "data" / f"n{i:08}").mkdir(parents=True)
-            os.link(folder / "one" / "0000.jpg",
+            os.link(folder / "few" / f"000{i % 10}.jpg",
                     folder / "data" / f"n{i // 1000 * 1000:08}" / f"n{i:08}_image.jpg")
         for number in (1000, args.number):
             if number < args.number:
@@ -323,15 +341,19 @@ def long(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("kill", "torchrun", "disk", "files", "long"))
-    parser.add_argument("--methods", nargs="+", choices=[*RUNS], help="kill: all; others: moco_v2")
+    parser.add_argument("what", choices=("kill", "torchrun", "numbers", "disk", "files",
+                                         "long"))
+    parser.add_argument("--methods", nargs="+", choices=[*RUNS],
+                        help="kill, numbers: all; others: moco_v2")
     parser.add_argument("--times", type=int, default=20, help="kill: of each method")
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2], help="kill")
     parser.add_argument("--number", type=int, default=100000, help="files")
     parser.add_argument("--steps", type=int, default=2000, help="long")
     args = parser.parse_args()
-    args.methods = args.methods or ([*RUNS] if args.what == "kill" else ["moco_v2"])
-    dict(kill=kill, torchrun=torchrun, disk=disk, files=files, long=long)[args.what](args)
+    every = args.what in ("kill", "numbers")
+    args.methods = args.methods or ([*RUNS] if every else ["moco_v2"])
+    dict(kill=kill, torchrun=torchrun, numbers=numbers, disk=disk, files=files, long=long)[
+        args.what](args)
     sys.exit(bool(LOST))
 
 

@@ -2,6 +2,7 @@
 import csv
 import os
 import pickle
+import re
 import signal
 import tempfile
 import time
@@ -128,11 +129,6 @@ def test_two_runs_in_one_folder(tmp_path):
     assert (tmp_path / "run" / "checkpoint.pt").exists()
     first[0].kill()
     assert ended(first) == [-signal.SIGKILL]
-    third = fork(*words, log=tmp_path / "third")  # a killed run keeps nobody out
-    until(lambda: "going on after step" in (tmp_path / "third").read_text()
-          if (tmp_path / "third").exists() else False, third)
-    third[0].kill()
-    ended(third)
 
 
 def test_no_room_for_a_checkpoint(tmp_path):
@@ -154,6 +150,37 @@ def test_no_room_for_a_checkpoint(tmp_path):
         assert str(tmp_path / "run") in lines[-1]
         assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
         assert not (tmp_path / "run" / "checkpoint.pt.tmp").exists()
+
+
+NUMBERS = [  # arguments, processes, the line that ends the run, or None where it works
+    ("--batch-size 2 --bn-groups 2", 2, "one value of each channel|needs two images a process"),
+    ("--batch-size 9 --bn-groups 3 --queue-size 9", 3, None),  # an odd world, a queue of one batch
+    ("--batch-size 8 --bn-groups 3", 3, "8 does not divide"),
+    ("--batch-size 8 --queue-size 7", 1, "queue size 7 is less than the 8 keys of a step"),
+    ("--lr 1e30", 1, "the loss is not finite at step 2; checkpoint: none")]
+
+
+def start_numbers(words, flags, processes, folder):
+    flags = flags.split()
+    if "--queue-size" not in words:  # a method without a queue, and without groups
+        flags = flags[:2]
+    name = "-".join([words[0], *flags])
+    return fork(*words, *flags, "--log-every", 1, "--workers", 0, "--out", folder / name,
+                processes=processes, log=folder / f"{name}.txt"), folder / f"{name}.txt"
+
+
+def assert_ends_with(started, message):
+    processes, log = started
+    assert ended(processes) == [message is not None] * len(processes), log.read_text()
+    errors = {line for line in log.read_text().splitlines() if line.startswith("error: ")}
+    assert "Traceback" not in log.read_text() and len(errors) == (message is not None)
+    assert message is None or re.search(message, errors.pop())
+
+
+def test_numbers_that_do_not_go_together_and_some_that_do(tmp_path):
+    started = [start_numbers(MOCO, flags, processes, tmp_path) for flags, processes, _ in NUMBERS]
+    for each, (_, _, message) in zip(started, NUMBERS):
+        assert_ends_with(each, message)
 
 
 # -------------------------------------------------------------------------------------- checkpoints

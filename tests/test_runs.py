@@ -4,20 +4,15 @@ import json
 import math
 import os
 import signal
-import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import column, command, fork, make_photos, run
 
 import common
-import detco
-import dupr
 import finetune_fasterrcnn
 import moco_v2
-import soco
 
 MOCO = ("moco_v2.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
         "--dim 16 --bn-groups 2 --log-every 2").split()
@@ -64,50 +59,48 @@ def interrupt(words, out, processes, number, whole_group):
     return process.returncode, state["step"], err
 
 
-def interrupt_here(main, words, number):
-    """The same with a run in this process, which a thread signals."""
-    out = Path(words[-1])
+def test_stopped_and_started_again_in_one_process(tmp_path):
+    """Three methods at once, each stopped after its first checkpoint."""
+    signals = {"detco": (DETCO, 2, signal.SIGTERM), "dupr": (DUPR, 1, signal.SIGINT),
+               "soco": (SOCO, 1, signal.SIGTERM)}
 
-    def signal_it():
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoint.pt").exists() and time.monotonic() < deadline:
-            time.sleep(0.02)
-        os.kill(os.getpid(), number)
+    def start(name, folder):
+        script, workers, _ = signals[name]
+        process, = fork(*script, "--workers", workers, "--out", tmp_path / folder / name,
+                        log=tmp_path / f"{name}.txt")
+        return process
 
-    thread = threading.Thread(target=signal_it)
-    thread.start()
-    with pytest.raises(SystemExit) as caught:
-        main([str(word) for word in words])
-    thread.join()
-    return caught.value.code
-
-
-@pytest.mark.parametrize("method, script, workers, number", [
-    (detco, DETCO, 2, signal.SIGTERM), (dupr, DUPR, 1, signal.SIGINT),
-    (soco, SOCO, 1, signal.SIGTERM)])
-def test_stopped_and_started_again_in_one_process(tmp_path, capsys, method, script, workers,
-                                                  number):
-    words = [*map(str, script[1:]), "--workers", str(workers), "--out"]
-    uninterrupted, = fork(script[0], *words, tmp_path / "whole", log=tmp_path / "log")
-    assert interrupt_here(method.main, [*words, tmp_path / "killed"], number) == 128 + number
-    step = common.load_checkpoint(tmp_path / "killed" / "checkpoint.pt")["step"]
-    capsys.readouterr()
-    method.main([*words, str(tmp_path / "killed")])
-    assert 0 < step < STEPS[script[0]]
-    assert f"going on after step {step}" in capsys.readouterr().out
-    uninterrupted.join(120)
-    whole, killed = (common.load_checkpoint(tmp_path / name / "checkpoint.pt")
-                     for name in ("whole", "killed"))
-    assert whole["step"] == STEPS[script[0]]
-    assert_identical({**whole, "args": None}, {**killed, "args": None})
-    if script is SOCO:
-        names = {p.name for p in (tmp_path / "killed").iterdir()}
-        assert names == {"args.json", "checkpoint.pt", "curves.png", "log.csv", "lock",
-                         "backbone.pt", "detector.pt", "proposals.npz"}
-        momenta = [float(value) for value in column(tmp_path / "killed", "momentum")]
-        means = [1 - 0.01 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(6)]
-        rows = [0, *map(int, column(tmp_path / "killed", "step"))]  # 0.99 to 1 over the whole run
-        assert momenta == pytest.approx([sum(means[a:b]) / (b - a) for a, b in zip(rows, rows[1:])])
+    stopped, waiting = {name: start(name, "killed") for name in signals}, {*signals}
+    deadline = time.monotonic() + 120
+    while waiting and time.monotonic() < deadline:
+        for name in [*waiting]:
+            if (tmp_path / "killed" / name / "checkpoint.pt").exists():
+                os.kill(stopped[name].pid, signals[name][2])
+                waiting.remove(name)
+        time.sleep(0.01)
+    for name, process in stopped.items():
+        process.join(60)
+        assert process.exitcode == 128 + signals[name][2]
+    steps = {name: common.load_checkpoint(tmp_path / "killed" / name / "checkpoint.pt")["step"]
+             for name in signals}
+    processes = [start(name, folder) for name in signals for folder in ("whole", "killed")]
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * 6
+    for name, step in steps.items():
+        assert 0 < step < STEPS[f"{name}.py"]
+        assert f"going on after step {step}" in (tmp_path / f"{name}.txt").read_text()
+        whole, killed = (common.load_checkpoint(tmp_path / folder / name / "checkpoint.pt")
+                         for folder in ("whole", "killed"))
+        assert whole["step"] == STEPS[f"{name}.py"]
+        assert_identical(whole, killed)
+    names = {p.name for p in (tmp_path / "killed" / "soco").iterdir()}
+    assert names == {"args.json", "checkpoint.pt", "curves.png", "log.csv", "lock", "backbone.pt",
+                     "detector.pt", "proposals.npz"}
+    momenta = [float(value) for value in column(tmp_path / "killed" / "soco", "momentum")]
+    means = [1 - 0.01 * (math.cos(math.pi * step / 6) + 1) / 2 for step in range(6)]
+    rows = [0, *map(int, column(tmp_path / "killed" / "soco", "step"))]  # 0.99 to 1, over the run
+    assert momenta == pytest.approx([sum(means[a:b]) / (b - a) for a, b in zip(rows, rows[1:])])
 
 
 @pytest.mark.parametrize("script, workers, number, whole_group", [
