@@ -198,7 +198,7 @@ def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
     pixels = torch.cat([image.flatten(1) for image in images], dim=1).double() / 255  # (3, all)
     (tmp_path / "data" / "large" / "9.jpg").write_bytes(b"no image")
     images = common.ImageFiles(tmp_path / "data")
-    with pytest.raises(InputError, match=r"1 of 8 images cannot be decoded: over 1% \(.*9.jpg is"):
+    with pytest.raises(InputError, match=r"1 of 8 images cannot be decoded: over 1% \(.*9.jpg' is"):
         common.measure_normalisation(images, workers)
     images.paths = [*images.paths[:-1] * 15, images.paths[-1]]  # 1 of 106
     images.broken = images.broken.new_zeros(106).share_memory_()
