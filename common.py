@@ -667,17 +667,18 @@ def launch(train, args):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+    except (RuntimeError, ConnectionError, EOFError) as error:  # EOFError: of a loading process
+        gone = re.search("DataLoader worker.* (exited|killed).*|by peer|remote process", str(error))
+        if isinstance(error, RuntimeError) and not gone:
+            raise
+        named = gone and gone[1]
+        why = gone[0] if named else "another process has ended"
+        sys.exit(1 if local and not named else f"error: {why}; the same command goes on")
     except (InputError, OSError) as error:
         if local:  # what all know the first one says; torchrun then ends the others, and one that
             time.sleep(3)  # lives on has something of its own to say
         where = f"{args.out}: " if getattr(error, "filename", "") is None else ""  # of a full disk
         sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())
-    except RuntimeError as error:
-        worker = re.search("DataLoader worker.* (exited|killed).*", str(error))
-        if not worker and "by peer" not in str(error) and "remote process" not in str(error):
-            raise
-        why = worker[0] if worker else "another process has ended"
-        sys.exit(1 if local and not worker else f"error: {why}; the same command goes on")
     except KeyboardInterrupt as stopped:  # outside of a Run's steps
         print("stopped; the same command goes on", file=sys.stderr)
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])

@@ -11,6 +11,8 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, al
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,13 +41,51 @@ def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"), 120)
 
 
-@pytest.fixture
-def tmp_path():
+@contextmanager
+def folder():
     """In memory where there is room, and removed after its test: a suite writes 8 GB, and each
     checkpoint waits for the disk."""
     room = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2 ** 32
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if room else None) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if room else None) as name:
+        yield Path(name)
+
+
+@pytest.fixture
+def tmp_path():
+    with folder() as path:
+        yield path
+
+
+# Tests marked `beside` only wait for processes of their own: a thread runs them beside the others,
+# from the start, and what became of them is asked for at the end.
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "beside: waits for processes of its own alone")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
+
+
+def pytest_collection_finish(session):
+    thread = ThreadPoolExecutor(1)
+    for item in session.items:
+        if item.get_closest_marker("beside") and not session.config.option.collectonly:
+            parameters = getattr(item, "callspec", None)
+            item.beside = thread.submit(_beside, item.function,
+                                        parameters.params if parameters else {})
+
+
+def _beside(test, parameters):
+    with folder() as path:
+        test(tmp_path=path, **parameters)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem):
+    if hasattr(pyfuncitem, "beside"):
+        pyfuncitem.beside.result()
+        return True
 
 
 def start_processes(function, args, processes):

@@ -52,6 +52,7 @@ def loaders(process):
             and f"PPid:\t{process.pid}\n" in (p / "status").read_text()]
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script, workers, processes", [(BARLOW, 1, 1), (MOCO, 0, 2)])
 def test_killed_twice_ends_bit_identical(tmp_path, script, workers, processes):
     """Once while a checkpoint is written, once at any moment after the next one."""
@@ -91,6 +92,7 @@ def test_killed_twice_ends_bit_identical(tmp_path, script, workers, processes):
     assert not half.exists()
 
 
+@pytest.mark.beside
 def test_a_signal_to_every_process_is_a_stop_like_any_other(tmp_path):
     """As a scheduler sends it: to the loading processes too."""
     words = [*MOCO, "--epochs", 50, "--workers", 2, "--out", tmp_path / "run"]
@@ -106,6 +108,7 @@ def test_a_signal_to_every_process_is_a_stop_like_any_other(tmp_path):
     assert not any(Path(f"/proc/{number}").exists() for number in children)
 
 
+@pytest.mark.beside
 def test_a_killed_loading_process_is_one_line(tmp_path):
     words = [*MOCO, "--epochs", 50, "--workers", 2, "--out", tmp_path / "run"]
     processes = fork(*words, log=tmp_path / "log")
@@ -114,9 +117,11 @@ def test_a_killed_loading_process_is_one_line(tmp_path):
     assert ended(processes) == [1]
     text = (tmp_path / "log").read_text()
     assert "Traceback" not in text
-    assert text.splitlines()[-1].startswith("error: DataLoader worker (pid"), text
+    assert re.match(r"error: (DataLoader worker \(pid|another process has ended)",
+                    text.splitlines()[-1]), text  # whichever torch notices first
 
 
+@pytest.mark.beside
 def test_two_runs_in_one_folder(tmp_path):
     words = [*MOCO, "--epochs", 50, "--workers", 0, "--out", tmp_path / "run"]
     first = fork(*words, log=tmp_path / "first")
@@ -131,6 +136,7 @@ def test_two_runs_in_one_folder(tmp_path):
     assert ended(first) == [-signal.SIGKILL]
 
 
+@pytest.mark.beside
 def test_no_room_for_a_checkpoint(tmp_path):
     """A file that may not grow: the old checkpoint stays, the run ends, two processes as one."""
     words = [*MOCO, "--workers", 0, "--out", tmp_path / "run"]
@@ -177,6 +183,7 @@ def assert_ends_with(started, message):
     assert message is None or re.search(message, errors.pop())
 
 
+@pytest.mark.beside
 def test_numbers_that_do_not_go_together_and_some_that_do(tmp_path):
     started = [start_numbers(MOCO, flags, processes, tmp_path) for flags, processes, _ in NUMBERS]
     for each, (_, _, message) in zip(started, NUMBERS):
@@ -328,6 +335,7 @@ def test_folders_of_odd_images(tmp_path, capsys):
     assert "6 cannot be decoded" in capsys.readouterr().out
 
 
+@pytest.mark.beside
 def test_a_broken_image_of_any_name_is_said_in_one_line(tmp_path):
     make_photos(tmp_path / "data", 120)
     (tmp_path / "data" / "0007.jpg").unlink()

@@ -59,6 +59,7 @@ def interrupt(words, out, processes, number, whole_group):
     return process.returncode, state["step"], err
 
 
+@pytest.mark.beside
 def test_stopped_and_started_again_in_one_process(tmp_path):
     """Three methods at once, each stopped after its first checkpoint."""
     signals = {"detco": (DETCO, 2, signal.SIGTERM), "dupr": (DUPR, 1, signal.SIGINT),
@@ -103,6 +104,7 @@ def test_stopped_and_started_again_in_one_process(tmp_path):
     assert momenta == pytest.approx([sum(means[a:b]) / (b - a) for a, b in zip(rows, rows[1:])])
 
 
+@pytest.mark.beside
 @pytest.mark.parametrize("script, workers, number, whole_group", [
     (MOCO, 1, signal.SIGTERM, False),  # to torchrun alone: the others must follow it
     (ADAM, 0, signal.SIGINT, True)])
@@ -138,6 +140,7 @@ def test_stopped_under_torchrun_and_started_again(tmp_path, script, workers, num
         assert ap[0] == ap[1]
 
 
+@pytest.mark.beside
 def test_bad_input_is_one_line_in_every_process(tmp_path):
     code, out, err = run("moco_v2.py", "--data", tmp_path / "nowhere", "--out", tmp_path,
                          processes=2)
