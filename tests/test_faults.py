@@ -1,18 +1,20 @@
 """Faults as they happen, to real processes and files; stress.py has those that take longer."""
 import csv
+import io
 import os
 import pickle
 import re
 import signal
 import tempfile
 import time
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fork, make_photos
+from conftest import fork, make_photos, start_processes
 from PIL import Image
 from test_runs import BARLOW, DETCO, DUPR, MOCO, SOCO, assert_identical, refusal
 from torch.utils._pytree import tree_leaves
@@ -349,8 +351,21 @@ def test_a_broken_image_of_any_name_is_said_in_one_line(tmp_path):
     assert len(said) == 1 and "0007 \\udcff\\n.jpg': another image stands in" in said[0]
 
 
-def test_what_may_not_be_read_or_written(capsys):
-    """As another user than root, who may read everything."""
+def as_another_user(_number, folder):
+    if os.geteuid() == 0:  # who may read everything
+        os.seteuid(65534)
+    said = io.StringIO()
+    with redirect_stdout(said):
+        images = common.ImageFiles(folder / "photos")
+    assert len(images) == 8 and images[1].shape == (3, 60, 80)
+    assert images.broken.tolist() == [i == 1 for i in range(8)]
+    assert f"cannot list '{folder}/photos/private': left out" in said.getvalue()
+    if os.geteuid() != 65534:
+        folder.chmod(0o555)
+    assert "Permission denied" in refusal(moco_v2.main, [*TINY, "--out", folder / "out"])
+
+
+def test_what_may_not_be_read_or_written():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_photos(folder / "photos", 8)
@@ -358,18 +373,8 @@ def test_what_may_not_be_read_or_written(capsys):
         (folder / "photos" / "0001.jpg").chmod(0)
         (folder / "photos" / "private").chmod(0)
         folder.chmod(0o755)
-        root = os.geteuid() == 0
-        if root:
-            os.seteuid(65534)
         try:
-            images = common.ImageFiles(folder / "photos")
-            assert len(images) == 8 and images[1].shape == (3, 60, 80)
-            assert images.broken.tolist() == [i == 1 for i in range(8)]
-            assert f"cannot list '{folder}/photos/private': left out" in capsys.readouterr().out
-            if root:
-                assert "Permission denied" in refusal(moco_v2.main, [*TINY, "--out",
-                                                                     folder / "out"])
+            start_processes(as_another_user, (folder,), 1)
         finally:
-            if root:
-                os.seteuid(0)
+            folder.chmod(0o755)
             (folder / "photos" / "private").chmod(0o755)

@@ -17,7 +17,7 @@ import moco_v2
 MOCO = ("moco_v2.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
         "--dim 16 --bn-groups 2 --log-every 2").split()
 DETCO = ["detco.py", *MOCO[1:], "--local-size", "54"]
-DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--patch-keys", "8", "--rand-augment"]
+DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--patch-keys", "6", "--rand-augment"]
 SOCO = ("soco.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --small-size 32 "
         "--fpn-channels 8 --hidden 24 --dim 16 --log-every 2").split()
 BARLOW = ("barlow_twins.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --dim 16 "
