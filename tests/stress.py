@@ -309,34 +309,35 @@ def files(args):
 
 
 def long(args):
+    # Freed memory goes back at once: what grows then is held, not kept in reserve by malloc
+    os.environ.update(MALLOC_MMAP_THRESHOLD_="100000", MALLOC_TRIM_THRESHOLD_="100000")
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
             words = [*RUNS[method], "--scenes", 1600, "--epochs", -(-args.steps // 200),
                      "--workers", 2, "--log-every", 50, "--out", folder / "run"]
-            process, = fork(*words, log=folder / "log")
+            process = command(*words)
             table = folder / "run" / "log.csv"
             rows = []  # of step, memory and open files of the run, memory of its loading processes
-            while process.is_alive():
+            while process.poll() is None:
                 time.sleep(2)
-                children = loaders(process)
                 try:
+                    children = loaders(process)
                     step = int(table.read_text().splitlines()[-1].split(",")[0])
                     rows.append((step, private(process.pid), len(os.listdir(
                         f"/proc/{process.pid}/fd")), np.mean([private(c) for c in children])))
                 except (OSError, ValueError, IndexError):
                     continue
             rows = np.array([r for r in rows if np.isfinite(r).all()])
-            early = rows[(rows[:, 0] > 0.1 * args.steps) & (rows[:, 0] <= 0.4 * args.steps)]
-            late = rows[rows[:, 0] > 0.7 * args.steps]
-            before, after = early.mean(0), late.mean(0)
+            done = rows[:, 0] / args.steps  # matplotlib comes with the first curves
+            before, after = rows[(done > 0.4) & (done <= 0.7)].mean(0), rows[done > 0.7].mean(0)
             grown = after[1:] / before[1:]
             report(f"{args.steps} steps of {method}", 1,
-                   f"status {process.exitcode}; a tenth to four tenths into it and over its last "
-                   f"three tenths: {before[1]:.0f} and {after[1]:.0f} MiB, {before[2]:.0f} and "
+                   f"status {process.returncode}; over the middle and the last three tenths: "
+                   f"{before[1]:.0f} and {after[1]:.0f} MiB, {before[2]:.0f} and "
                    f"{after[2]:.0f} open files, loading processes {before[3]:.0f} and "
                    f"{after[3]:.0f} MiB; log.csv {table.stat().st_size} bytes",
-                   f"it grows: {grown}" if (grown > 1.05).any() or process.exitcode else None)
+                   f"it grows: {grown}" if (grown > 1.05).any() or process.returncode else None)
 
 
 def main():
