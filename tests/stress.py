@@ -10,7 +10,8 @@
 Every fault is done to real processes of the commands, and what they end with is compared, tensor by
 tensor, with an uninterrupted run's.  kill: half of the kills while a checkpoint is being written,
 the others at any moment, also before the first step; in one process, and to one of two, where the
-other is ended too, as torchrun would, if it has not followed in 8 seconds.  A line for each case; the exit status is 1 if anything was lost.
+other is ended too, as torchrun would, if it has not followed in 8 seconds.  A line for each case;
+the exit status is 1 if anything was lost.
 """
 import argparse
 import os
