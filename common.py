@@ -126,13 +126,14 @@ def read_or_next(paths, broken, index):
     """
     if not 0 <= index < len(paths):
         raise IndexError(index)
+    reason = ""
     for i in chain(range(index, len(paths)), range(index)):
         if not broken[i]:
             try:
                 return i, read_image(paths[i])
-            except Exception:  # decoders raise OSError, SyntaxError, ValueError, ...
-                broken[i] = True
-    raise InputError(f"none of the {len(paths)} images can be decoded")
+            except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
+                broken[i], reason = True, f": {error}"
+    raise InputError(f"none of the {len(paths)} images can be decoded{reason}")
 
 
 def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
@@ -624,6 +625,20 @@ def setup():
     return torch.device("cuda" if cuda else "cpu")
 
 
+def mixed_precision(args, device, side=math.inf):
+    """The context of a forward pass: bfloat16 where --precision, or without it a GPU, asks for it;
+    weights, their gradients and the losses stay float32.  side: of the smallest image in pixels.
+
+    Raises InputError: bfloat16 on CPUs with images so small that Res5 gets one position.  There
+    PyTorch (2.11, 2.15) leaves most of the gradient of its 3x3 weights of stride 2 uninitialised.
+    """
+    precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    if precision == "bfloat16" and device.type == "cpu" and side <= 16:
+        raise InputError(f"bfloat16 on CPUs wants more than 16 pixels, not {side}: PyTorch's "
+                         "gradients are wrong there")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
 def all_gather(x):
     """(n, ...) of each process -> (world n, ...) in rank order; no gradient."""
     if world_size() == 1:
@@ -831,6 +846,8 @@ def add_run_arguments(parser, out):
     group.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1),
                        help="loading processes for each training process (default %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of weights, views and batches")
+    group.add_argument("--precision", choices=("bfloat16", "float32"),
+                       help="of the networks (default bfloat16 on GPUs, float32 on CPUs)")
     group.add_argument("--log-every", type=int, default=20, help="steps between lines of log.csv")
     group.add_argument("--fresh", action="store_true", help="start over in the folder of a run")
 

@@ -73,9 +73,9 @@ from torchvision.transforms import RandAugment
 
 from common import (InputError, Queue, Run, SplitBatchNorm, View, add_run_arguments,
                     batch_norm_groups, check, check_queue, contrast_statistics, export_backbone,
-                    info_nce, launch, load_batches, mlp, momentum_update, photometric,
-                    random_resized_crop, rank, resnet_stages, seed_for, shuffled, steps_per_epoch,
-                    unlabelled, world_size)
+                    info_nce, launch, load_batches, mixed_precision, mlp, momentum_update,
+                    photometric, random_resized_crop, rank, resnet_stages, seed_for, shuffled,
+                    steps_per_epoch, unlabelled, world_size)
 
 
 def parse_args(argv=None):
@@ -234,9 +234,8 @@ def train(args, device):
 
     torch.manual_seed(args.seed)
     model = DetCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups,
-                  [w / by for w in args.weights], not args.no_local, args.share_queue).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+                  [w / by for w in args.weights], not args.no_local, args.share_queue)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), base_lr, momentum=0.9,
@@ -257,7 +256,7 @@ def train(args, device):
                    *(cut_patches(coloured(view), corners.to(device, non_blocking=True),
                                  args.patch_size) for view, corners in local))
 
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    mixed = mixed_precision(args, device, args.image_size if args.no_local else args.patch_size)
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
         run.say(f"filling the queues with {args.queue_size} keys each")
         fill = range(steps, steps - (-args.queue_size // args.batch_size))

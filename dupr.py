@@ -74,9 +74,9 @@ from torchvision.transforms import RandAugment
 
 from common import (InputError, Queue, Run, SplitBatchNorm, add_run_arguments, all_gather,
                     batch_norm_groups, check, check_queue, contrast_statistics, export_backbone,
-                    info_nce, launch, load_batches, mlp, momentum_update, photometric,
-                    random_resized_crop, rank, resnet_stages, seed_for, shuffled, steps_per_epoch,
-                    unlabelled, world_size)
+                    info_nce, launch, load_batches, mixed_precision, mlp, momentum_update,
+                    photometric, random_resized_crop, rank, resnet_stages, seed_for, shuffled,
+                    steps_per_epoch, unlabelled, world_size)
 
 
 def parse_args(argv=None):
@@ -294,9 +294,8 @@ def train(args, device):
 
     torch.manual_seed(args.seed)
     model = DUPR(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups, args.alpha,
-                 args.beta, args.roi_size, args.patch_keys).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+                 args.beta, args.roi_size, args.patch_keys)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), base_lr, momentum=0.9,
@@ -312,7 +311,7 @@ def train(args, device):
             yield step, *(view._replace(pixels=photometric(
                 view.pixels.to(device, non_blocking=True), p_blur=args.p_blur)) for view in views)
 
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    mixed = mixed_precision(args, device, args.image_size)
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
         run.say(f"filling the queues with {args.queue_size} keys each")
         fill = range(steps, steps - (-args.queue_size // args.batch_size))

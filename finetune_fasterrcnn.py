@@ -66,7 +66,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
                     backbone_stages, check, launch, load_backbone, load_batches, load_checkpoint,
-                    obey_parent, rank, read_or_next, seed_for, steps_per_epoch, world_size)
+                    mixed_precision, obey_parent, rank, read_or_next, seed_for, steps_per_epoch,
+                    world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -738,11 +739,9 @@ def train(args, device):
             raise InputError(f"{args.out} holds a run: --eval-only wants another --out")
     train_set, test_set = data_sets(args)
     args.classes = test_set.classes
-    model = detector(args).to(device)
+    model = detector(args).to(device, memory_format=torch.channels_last)
     if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
     if world_size() > 1 and device.type == "cuda":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if args.eval_only:
@@ -787,7 +786,7 @@ def fit(model, train_set, args, device):
         lr = learning_rate(step, base_lr, args.warmup, args.drops, factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(args, device):
             losses = ddp(images, targets)  # of the RPN and of the box head
         loss = sum(losses.values())
         optimizer.zero_grad()

@@ -49,8 +49,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from common import (Queue, Run, SplitBatchNorm, add_run_arguments, batch_norm_groups, check,
                     check_queue, contrast_statistics, export_backbone, info_nce, launch,
-                    load_batches, mlp, momentum_update, photometric, random_resized_crop, rank,
-                    resnet_stages, seed_for, shuffled, steps_per_epoch, unlabelled, world_size)
+                    load_batches, mixed_precision, mlp, momentum_update, photometric,
+                    random_resized_crop, rank, resnet_stages, seed_for, shuffled, steps_per_epoch,
+                    unlabelled, world_size)
 
 
 def parse_args(argv=None):
@@ -135,10 +136,8 @@ def train(args, device):
     check_queue(args.queue_size, args.batch_size, args.momentum, len(images))
 
     torch.manual_seed(args.seed)
-    model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau,
-                 groups).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
     base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), base_lr, momentum=0.9,
@@ -155,7 +154,7 @@ def train(args, device):
             yield step, *(photometric(v.pixels.to(device, non_blocking=True), p_blur=args.p_blur)
                           for v in views)
 
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    mixed = mixed_precision(args, device, args.image_size)
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
         run.say(f"filling the queue with {args.queue_size} keys")
         for _, _, view_k in batches(range(steps, steps + -(-args.queue_size // args.batch_size))):

@@ -80,9 +80,9 @@ from torchvision.ops.poolers import initLevelMapper
 from torchvision.transforms.v2.functional import resize
 
 from common import (LARS, InputError, Run, View, add_run_arguments, check, export_backbone, launch,
-                    load_batches, momentum_update, photometric, random_resized_crop, rank,
-                    resnet_stages, save_checkpoint, seed_for, steps_per_epoch, unlabelled,
-                    world_size)
+                    load_batches, mixed_precision, momentum_update, photometric,
+                    random_resized_crop, rank, resnet_stages, save_checkpoint, seed_for,
+                    steps_per_epoch, unlabelled, world_size)
 from selective_search import read_proposals, search
 
 
@@ -336,9 +336,8 @@ def train(args, device):
         raise InputError(f"batch size {args.batch_size}: batch norm needs two images a process")
 
     torch.manual_seed(args.seed)
-    model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim)
+    model = model.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
@@ -364,7 +363,7 @@ def train(args, device):
                                       p_solarize=0.2 * (i > 0)))
         factor, m = schedule(step, steps, args.warmup * per_epoch, args.momentum)
         optimizer.param_groups[0]["lr"] = base_lr * factor
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        with mixed_precision(args, device):
             loss, parts = ddp(pixels, boxes)
         optimizer.zero_grad()
         loss.backward()

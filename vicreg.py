@@ -59,8 +59,9 @@ from torchvision.ops import MLP
 
 from common import (IMAGENET_MEAN, IMAGENET_STD, LARS, InputError, Run, add_run_arguments,
                     all_gather, backbone_stages, check, draw_correlation, export_backbone, launch,
-                    load_batches, measure_normalisation, photometric, random_resized_crop, rank,
-                    seed_for, steps_per_epoch, summed, unlabelled, world_size)
+                    load_batches, measure_normalisation, mixed_precision, photometric,
+                    random_resized_crop, rank, seed_for, steps_per_epoch, summed, unlabelled,
+                    world_size)
 
 LEARNING_RATES = {128: 0.8, 256: 0.5, 512: 0.4, 1024: 0.3, 2048: 0.3}  # of a batch size
 
@@ -177,9 +178,8 @@ def train(args, device):
 
     torch.manual_seed(args.seed)
     weights = args.invariance, args.variance, args.covariance
-    model = VICReg(args.arch, args.dim, weights).to(device)
-    if device.type == "cuda":
-        model = model.to(memory_format=torch.channels_last)
+    model = VICReg(args.arch, args.dim, weights)
+    model = model.to(device, memory_format=torch.channels_last)
     if device.type == "cuda" and world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
@@ -204,7 +204,7 @@ def train(args, device):
                                p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
                    for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
 
-    mixed = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+    mixed = mixed_precision(args, device, args.image_size)
     for step, views in zip(range(run.step, steps), batches(range(run.step, steps))):
         lr = base_lr * schedule(step, steps, args.warmup * per_epoch)
         optimizer.param_groups[0]["lr"] = lr

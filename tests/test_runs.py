@@ -1,5 +1,6 @@
 """Runs as users start, stop, kill and repeat them: real processes, real signals, real files."""
 import csv
+import importlib
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 from conftest import column, command, fork, make_photos, run
 
 import common
+import detco
 import finetune_fasterrcnn
 import moco_v2
 
@@ -248,8 +250,8 @@ def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
     assert error == "error: 2 of 120 images cannot be decoded: over 1%"
     for file in (tmp_path / "data").iterdir():
         file.write_bytes(b"")
-    assert refusal(moco_v2.main, [*words, "--out", tmp_path / "c", "--workers", 2]) == \
-        "error: none of the 120 images can be decoded"
+    error = refusal(moco_v2.main, [*words, "--out", tmp_path / "c", "--workers", 2])
+    assert "none of the 120 images can be decoded: cannot identify image file '/" in error
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -260,6 +262,32 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
     error = refusal(finetune_fasterrcnn.main, [*DETECTOR[1:], "--lr", "1e30", "--warmup", 2,
                                                "--workers", 0, "--out", tmp_path])
     assert "the loss is not finite at step" in error
+
+
+@pytest.mark.parametrize("words", [MOCO, [*DETCO, "--patch-size", "18"], DUPR, SOCO, BARLOW,
+                                   ["vicreg.py", *BARLOW[1:]], DETECTOR], ids=lambda w: w[0])
+def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, words):
+    module, losses, gradients = importlib.import_module(words[0].removesuffix(".py")), {}, {}
+    for kind in ("bfloat16", "float32"):
+        once = ["--iterations", "1"] if words is DETECTOR else ["--epochs", "1", "--batch-size", 16]
+        flags = [*once, "--out", tmp_path / kind, "--precision", kind, "--workers", 0]
+        module.main([str(w) for w in [*words[1:], *flags]])
+        losses[kind], = map(float, column(tmp_path / kind, "loss"))
+        state = common.load_checkpoint(tmp_path / kind / "checkpoint.pt")
+        of_weights = [v["momentum_buffer"] for v in state["optimizer"]["state"].values()]
+        gradients[kind] = torch.cat([v.flatten() for v in of_weights])
+        tensors = [*of_weights, *state["model"].values()]
+        assert {v.dtype for v in tensors if v.is_floating_point()} == {torch.float32}
+    assert losses["bfloat16"] != losses["float32"]
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    cosine = torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0)
+    assert cosine > 0.75
+
+
+def test_bfloat16_on_cpus_refuses_images_that_it_gets_wrong(tmp_path):
+    for module, words in ((moco_v2, [*MOCO, "--image-size", "16"]), (detco, DETCO)):
+        words = [*words[1:], "--precision", "bfloat16", "--workers", "0", "--out", tmp_path]
+        assert "bfloat16 on CPUs wants more than 16 pixels" in refusal(module.main, words)
 
 
 def test_warnings_of_queues_that_do_not_fit(tmp_path, capsys):
