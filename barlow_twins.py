@@ -34,8 +34,8 @@ Where this differs from the paper, or it is silent
       epochs (1000) are those of a report by Rajamohan, Liu and Wang, who pre-trained for detection
       with half a million images.
     - The learning rate of weights follows the batch size: LEARNING_RATES, which the authors gave
-      for 300 epochs (github.com/facebookresearch/barlowtwins/issues/7), between them on the
-      logarithm of the batch size, below 128 as for 128.
+      for 300 epochs (github.com/facebookresearch/barlowtwins/issues/7), interpolated on
+      the logarithm of the batch size, below 128 as for 128 (the authors guess 1.0 for 64).
     - lambda (the paper's: 0.005), weight decay (1.5e-6), blur and solarize, and the 1e-5 in each
       deviation, sqrt(variance + 1e-5), are the authors' code's.
     - Gradients are those of one process with the whole batch.  The authors' are smaller by the
@@ -60,7 +60,7 @@ from common import (IMAGENET_MEAN, IMAGENET_STD, LARS, InputError, Run, add_run_
                     random_resized_crop, rank, seed_for, steps_per_epoch, summed, unlabelled,
                     world_size)
 
-LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}  # batch
+LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}  # of a batch size
 
 
 def parse_args(argv=None):
@@ -191,17 +191,18 @@ def train(args, device):
     run.say(f"lr {lr:.3g} for each 256 images, {why}: {rates[0]:.3g} with {args.batch_size}")
 
     def batches(steps):
-        """view1, view2 on the device, their colours drawn from (seed, step, rank)."""
+        """(step, [view1, view2]) on the device, their colours drawn from (seed, step, rank)."""
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
         loader = load_batches(images, cut, args.batch_size, steps, args.seed, args.workers)
         for step, views in zip(steps, loader):
             torch.manual_seed(seed_for(args.seed, step, rank()))
-            yield [photometric(view.pixels.to(device, non_blocking=True), (0.4, 0.4, 0.2, 0.1),
-                               p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
-                   for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
+            yield step, [
+                photometric(view.pixels.to(device, non_blocking=True), (0.4, 0.4, 0.2, 0.1),
+                            p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
+                for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
 
     mixed = mixed_precision(args, device, args.image_size)
-    for step, views in zip(range(run.step, steps), batches(range(run.step, steps))):
+    for step, views in batches(range(run.step, steps)):
         factor = schedule(step, steps, args.warmup * per_epoch)
         for group, rate in zip(optimizer.param_groups, rates):
             group["lr"] = factor * rate
@@ -212,7 +213,7 @@ def train(args, device):
         optimizer.step()
         run.end_step(loss, factor * rates[0], **parts)
 
-    views = next(batches(range(steps, steps + 1)))  # of an epoch that is never trained on
+    _, views = next(batches(range(steps, steps + 1)))  # of an epoch that is never trained on
     with torch.no_grad(), mixed:
         z1, z2 = (all_gather(model.eval().embed(view).float()) for view in views)
     if rank() == 0:

@@ -3,7 +3,7 @@ arXiv 2102.04803).
 
 MoCo v2 at every stage of the backbone, so that shallow features tell images apart too; and beside
 each whole view a set of nine patches of the image, so that parts do as well: what the nine say
-together must match the keys of other such sets, and the keys of whole views.
+together must match the key of another such set of the same image, and that of a whole view of it.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the nine patches and their heads, and
 so eight queues and three losses a level.
@@ -25,7 +25,7 @@ Equations
     (4)  L_gl: local query, global key, global queue              common.info_nce
     (5)  L_ll: local query, local key, local queue                common.info_nce
     Section 3.3, the local view                                   local_view, cut_patches
-    Algorithm 1                                                   DetCo.forward, the loop of train
+    Algorithm 1 (Eq. 3 alone)                                     DetCo.forward, the loop of train
 
 Commands
     python detco.py                                      built-in scenes, minutes on a CPU
@@ -38,12 +38,12 @@ Commands
     torchrun detco.py --data DIR --no-local --normalise-weights            Table 15 (d)
     torchrun detco.py --data DIR --no-local                                Table 15 (e)
     torchrun detco.py --data DIR --no-local --share-queue                  Table 16 (a)
-    (the tables' runs have 100 epochs: --epochs 100; (a) is moco_v2.py with --lr 0.06)
+    (the tables' runs have 100 epochs: --epochs 100; 15 (a) is moco_v2.py with --lr 0.06)
 
 Weights of one encoder with ResNet-50, of which only the ResNet's are exported
     ResNet              23,508,032
-    global heads         8,921,600      C_i x 2048 x 128 with C_i = 256, 512, 1024, 2048
-    local heads         71,836,160      9 C_i x 2048 x 128; the largest of them has 38,013,056
+    global heads         8,921,600      C_i -> 2048 -> 128 with C_i = 256, 512, 1024, 2048
+    local heads         71,836,160      9 C_i -> 2048 -> 128; the largest of them has 38,013,056
 
 Where this differs from the paper, or the paper is silent
     - A head's hidden layer is as wide as Res5 (2048), at all levels, global and local: the paper's
@@ -56,8 +56,8 @@ Where this differs from the paper, or the paper is silent
       of magnitude 9), before the colours above: the paper cites it, without its numbers.
     - A level of weight 0 has no head and no queue, and a stage that only it would need is not
       computed: backbone.pt then has it as it was drawn.
-    - As in moco_v2.py: batch norm sees groups of batch / 8 images (nine patches each) on any number
-      of processes; queues start full of real keys; the cosine falls with every step; bfloat16.
+    - As in moco_v2.py: batch norm sees groups of batch / 8 images (nine patches each) on one
+      process as on eight; queues start full of real keys; the cosine falls by step; bfloat16.
 """
 import argparse
 import copy
@@ -87,7 +87,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=200, help="passes over the images (3.3)")
     add("--batch-size", type=int, default=256, help="of all processes together (3.3)")
     add("--lr", type=float, default=0.06, help="for each 256 images of the batch (6.5)")
-    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 3.3)")
+    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 4)")
     add("--weights", type=float, nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="of Res2..Res5 (6.5, Table 15)")
     add("--normalise-weights", action="store_true", help="divide them by their sum (Table 15)")
@@ -139,7 +139,7 @@ def cut_patches(pixels, corners, size):
 
 
 def views(image, args):
-    """Two global views of one image and, but with --no-local, two local ones; all independent."""
+    """Two global views of one image and, unless --no-local, two local ones; all independent."""
     augment = RandAugment() if args.rand_augment else nn.Identity()
     drawn = [random_resized_crop(image, args.image_size, (args.crop_scale, 1.0)) for _ in "qk"]
     drawn = [view._replace(pixels=augment(view.pixels)) for view in drawn]
@@ -172,7 +172,8 @@ class Encoder(nn.Module):
 
 
 class DetCo(nn.Module):
-    """Eq. (1), with Algorithm 1 up to the loss.  ``bn_groups`` are those of one process."""
+    """Eq. (1); without patches Eq. (3), Algorithm 1 up to the loss.  ``bn_groups`` are those of one
+    process."""
 
     def __init__(self, arch="resnet50", dim=128, queue_size=65536, m=0.999, tau=0.2, bn_groups=8,
                  weights=(0.1, 0.4, 0.7, 1.0), local=True, share_queue=False):

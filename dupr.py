@@ -38,8 +38,8 @@ Commands
 
 Weights of one encoder with ResNet-50, of which only the ResNet's are exported
     ResNet              23,508,032
-    image heads          8,921,600      C_m x 2048 x 128 with C_m = 256, 512, 1024, 2048
-    patch heads          6,820,096      C_m x 2048 x 128 with C_m = 1024, 2048
+    image heads          8,921,600      C_m -> 2048 -> 128 with C_m = 256, 512, 1024, 2048
+    patch heads          6,820,096      C_m -> 2048 -> 128 with C_m = 1024, 2048
 
 Where this differs from the paper, or the paper is silent
     - S is 14 on conv4_x (Res4) and 7 on conv5_x (Res5): 3.2.3 says so once, once the reverse, and
@@ -47,7 +47,6 @@ Where this differs from the paper, or the paper is silent
     - Eq. (7) is printed as a sum over positions.  It is the mean here, over all positions of all
       overlapping pairs of all processes, so that alpha and beta weigh losses of like size.
     - Of a step's patch keys, 32 drawn from all valid positions of the global batch are pushed.
-    - Crops without a common pixel have no patch loss, but keep their image loss.
     - Settings are those of the ablations, with MoCo v2's views and tau 0.2.  --rand-augment adds
       torchvision's RandAugment (2 operations of magnitude 9) and sets tau to 0.15, but draws
       operations on colour alone: a geometric one would move what R_1 and R_2 record.
@@ -56,7 +55,7 @@ Where this differs from the paper, or the paper is silent
     - A head's hidden layer is as wide as Res5 (2048), at all levels.
     - A level of weight 0 has no head and no queue, and a stage that only it would need is not
       computed: backbone.pt then has it as it was drawn.
-    - As in moco_v2.py: batch norm sees groups of batch / 8 images on any number of processes;
+    - As in moco_v2.py: batch norm sees groups of batch / 8 images on one process as on eight;
       queues start full of real keys (at S = 1 not quite); cosine by step; bfloat16.
 """
 import argparse
@@ -88,7 +87,7 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=200, help="passes over the images (3.2.3)")
     add("--batch-size", type=int, default=256, help="of all processes together (3.2.3)")
     add("--lr", type=float, default=0.06, help="for each 256 images of the batch (3.2.3)")
-    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 3.3)")
+    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 4)")
     add("--alpha", type=float, nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="weights of the image losses of Res2..Res5 (3.2.3)")
     add("--beta", type=float, nargs=4, default=[0.0, 0.0, 1.0, 1.0], metavar="W",
@@ -156,9 +155,9 @@ def into_view(box, view_box, flipped, size):
 
 
 def overlap(view_q, view_k):
-    """Where two batches of views share their images, for each of them: the rectangle in its pixels
-    (B, 4) and its flip (B,), on its device; and of which pairs they do, (B,) bool on the CPU.
-    Where they do not, all of the view stands in for the rectangle that there is not."""
+    """What two batches of views share of their images: for each view the rectangle in its pixels
+    (B, 4) and its flip (B,), on its device; and which pairs share any, (B,) bool on the CPU.  Where
+    they share none, the whole view stands in for the rectangle."""
     box, valid = intersect(view_q.box, view_k.box)
     where = []
     for view in (view_q, view_k):
@@ -261,7 +260,7 @@ class DUPR(nn.Module):
             scale, stride = 1, 1
             if kind == "patch":
                 q_i, k_i = q_i[rows].flatten(0, 1), k_i[rows].flatten(0, 1)  # (N, D)
-                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # watch one an image
+                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # one an image
             term = info_nce(q_i, k_i, queue.keys, self.tau) * scale  # Eq. (8), Eq. (7)
             loss = loss + weight * term  # Eq. (2)
             parts[f"{kind}_res{i + 2}"] = term.detach()

@@ -27,7 +27,7 @@ Commands
     torchrun --nproc_per_node=8 moco_v2.py --data DIR    eight GPUs, the same run
 
 Where this differs from the paper, or the paper is silent
-    - Batch norm sees groups of batch / 8 images on any number of processes (--bn-groups 8), so that
+    - Batch norm sees groups of batch / 8 images on one process as on eight (--bn-groups 8), so that
       one GPU trains as the paper's eight did.  A single process with ordinary batch norm would have
       nothing to shuffle between, and could match views by the statistics they share.
     - The queue starts full of real keys: one pass of the key encoder over as many images.  Random
@@ -61,9 +61,9 @@ def parse_args(argv=None):
     parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
     add("--epochs", type=int, default=200, help="passes over the images (MoCo v2, Table 1)")
-    add("--batch-size", type=int, default=256, help="of all processes together (MoCo 3.3)")
-    add("--lr", type=float, default=0.03, help="for each 256 images of the batch (MoCo 3.3)")
-    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 3.3)")
+    add("--batch-size", type=int, default=256, help="of all processes together (MoCo 4)")
+    add("--lr", type=float, default=0.03, help="for each 256 images of the batch (MoCo 4)")
+    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 4)")
     add("--image-size", type=int, default=224, help="side of a view in pixels")
     add("--crop-scale", type=float, default=0.2, help="least share of the image in a view")
     add("--p-blur", type=float, default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
@@ -158,7 +158,7 @@ def train(args, device):
     if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
         run.say(f"filling the queue with {args.queue_size} keys")
         for _, _, view_k in batches(range(steps, steps + -(-args.queue_size // args.batch_size))):
-            with torch.no_grad(), mixed:
+            with mixed:
                 model.queue.push(shuffled(model.encoder_k, view_k))
             run.stop_if_asked()
         run.start_clock()

@@ -1,5 +1,5 @@
 """SoCo: Aligning Pretraining for Detection via Object-Level Contrastive Learning (Wei et al.,
-NeurIPS 2021, arXiv 2106.02637).
+NeurIPS 2021, arXiv 2106.02637).  "The talk" are slides on this paper; tables are the paper's.
 
 Boxes that may hold objects are found without labels, by selective search.  A detector's ResNet,
 feature pyramid and box head learn to say the same of a box in all views of its image, whatever its
@@ -35,24 +35,27 @@ Commands
     torchrun soco.py --data DIR --batch-size 256           one GPU
     torchrun --nproc_per_node=16 soco.py --data DIR        sixteen, the recipe
     torchrun --nproc_per_node=16 soco.py --data DIR --view4 --epochs 400     SoCo*
-    torchrun soco.py --data DIR --boxes-per-image 1 --proposals random       Table 5 (c)
-    torchrun soco.py --data DIR --momentum 0.98                              Table 5 (d)
+    torchrun --nproc_per_node=16 soco.py --data DIR --boxes-per-image 1 --proposals random   5 (c)
+    torchrun --nproc_per_node=16 soco.py --data DIR --momentum 0.98                    Table 5 (d)
     python finetune_fasterrcnn.py --weights runs/soco/detector.pt            all that was learned
 
 Where this differs from the talk, or it is silent (then: the authors' public configuration)
     - Recipe (batch, LARS, decay, warm-up, colours) and layer widths are the configuration's.
-    - V2's rectangle is drawn in V1, but cut from the image at its own resolution.  V3 and V4 are
-      V2, made smaller, as in the talk; the authors' code crops anew.
-    - A box is cut to V2, in V1 too, so that every view shows the same of it; under 8 pixels of V2
-      a side it is dropped.  Of the others P are drawn; where there are fewer, they are repeated;
-      where there is none, all of V2 is the box (whole_view in the log is the share of such images).
-    - Jitter moves the boxes of V1 only; r is drawn for each box, and for each of its corner's x and
-      y, its w and its h.
+    - V2's rectangle is drawn in V1, but cut from the image at its own resolution.  V3 is V2, made
+      smaller, as in the talk, and so is V4, of which it gives the size alone.  The authors' code
+      crops V3 anew; for SoCo* its view of 192, while its 112 is V2 made smaller.
+    - No cutout: for 100 epochs (not for 400) the authors' code blanks, with p 0.5, a square of 10
+      to 30% of a box in V2 and V3.
+    - A box is cut to V2, in V1 too (whole there in the authors' code), so that every view shows the
+      same of it; under 8 pixels of V2 a side it is dropped.  Of the others P are drawn;
+      where there are fewer, they are repeated; where there is none, all of V2 is the box
+      (whole_view in the log is the share of such images).
+    - Jitter moves the boxes of V1 only; r is drawn anew for each of a box's x, y, w and h.
     - A box is pooled from the one level of its size; the authors' code runs all four and keeps one.
       The bounds are 48, 96 and 192 pixels of a view of any size: in the built-in scenes' views of
       64, no box is of P4 or P5, whose last convolutions stay as they were drawn.
-    - As in torchvision's Faster R-CNN, RoI Align is not shifted by half a pixel.
-    - The target's m goes by steps.
+    - RoI Align is not shifted by half a pixel, as in torchvision's Faster R-CNN; the authors' is.
+    - m rises to 1 by a cosine over the steps, as in the authors' code; the talk gives its start.
     - --proposals auto is the single strategy of selective_search.py at 224 pixels; the authors' was
       one segmentation too, k = 300, sigma 0.9, regions of 100 pixels, at full size.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.
@@ -89,7 +92,7 @@ from selective_search import read_proposals, search
 def parse_args(argv=None):
     """The recipe by default; without --data, a small one for the built-in scenes."""
     parser = argparse.ArgumentParser(description="Pre-train a detector's ResNet, FPN and box head.")
-    add = parser.add_argument_group("recipe (the talk's page or table)").add_argument
+    add = parser.add_argument_group("recipe (table of the paper)").add_argument
     parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
     add("--proposals", default="auto", metavar="FILE", help="selective_search.py's, or random, or "
         "auto (default): search, and keep the boxes in the folder of the run (Table 5 c)")
@@ -97,14 +100,14 @@ def parse_args(argv=None):
     add("--epochs", type=int, default=100, help="passes over the images (Table 1)")
     add("--batch-size", type=int, default=2048, help="of all processes together (Table 5 b)")
     add("--lr", type=float, default=1.0, help="for each 256 images of the batch")
-    add("--weight-decay", type=float, default=1e-5, help="but of biases and batch norm")
+    add("--weight-decay", type=float, default=1e-5, help="none on biases and batch norm")
     add("--warmup", type=int, default=10, help="epochs of linear growth of the lr")
     add("--image-size", type=int, default=224, help="side of V1 and V2 in pixels")
     add("--small-size", type=int, default=112, help="side of V3 (Table 5 a)")
     add("--view4", type=int, nargs="?", const=192, metavar="SIDE", help="V4 of SoCo* (192)")
     add("--crop-scale", type=float, default=0.5, help="least share of the image in V2")
     add("--boxes-per-image", type=int, default=4, help="P (Table 5 c)")
-    add("--jitter", type=float, default=0.1, help="of half the boxes of V1, in their sides")
+    add("--jitter", type=float, default=0.1, help="greatest r; half of V1's boxes are moved")
     add("--p-blur", type=float, nargs=2, default=[1.0, 0.1], metavar="P", help="V1's, the others'")
     add("--fpn-channels", type=int, default=256)
     add("--hidden", type=int, default=4096, help="width of projector and predictor")
@@ -280,10 +283,11 @@ def similarity_loss(v, target):
 
 
 def spread(v):
-    """What to watch for collapse, of v (N, D) at unit length: the mean deviation of a coordinate, 0
+    """What to watch for collapse, of v (N, D), as unit rows: the mean deviation of a coordinate, 0
     when all boxes are one and 1/sqrt(D) when they fill the sphere, and in how many directions they
     deviate, (sum of eigenvalues)^2 / sum of eigenvalues^2 of their covariance, 1 to D."""
-    centred = F.normalize(v, dim=1) - F.normalize(v, dim=1).mean(0)
+    v = F.normalize(v, dim=1)
+    centred = v - v.mean(0)
     with torch.autocast(v.device.type, enabled=False):
         covariance = centred.T @ centred / len(v)  # (D, D)
     directions = covariance.trace() ** 2 / (covariance ** 2).sum().clamp(min=1e-20)
@@ -350,6 +354,7 @@ def train(args, device):
     run.start_clock()
     loader = load_batches(data, partial(make_views, args=args), args.batch_size,
                           range(run.step, steps), args.seed, args.workers)
+    mixed = mixed_precision(args, device)
     for step, (views, places, none) in zip(range(run.step, steps), loader):
         torch.manual_seed(seed_for(args.seed, step, rank()))
         pixels, boxes = [], []
@@ -363,7 +368,7 @@ def train(args, device):
                                       p_solarize=0.2 * (i > 0)))
         factor, m = schedule(step, steps, args.warmup * per_epoch, args.momentum)
         optimizer.param_groups[0]["lr"] = base_lr * factor
-        with mixed_precision(args, device):
+        with mixed:
             loss, parts = ddp(pixels, boxes)
         optimizer.zero_grad()
         loss.backward()

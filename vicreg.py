@@ -13,7 +13,7 @@ Symbols
     X, X'      view1, view2    (B, 3, H, W)    two views of the same images
     h o f      embed                           ResNet (or Swin), average pool, three linear layers
     Z, Z'      z1, z2          (N, D)          embeddings, N = B a process; the paper's n and d
-    C          c               (2, D, D)       covariances of Z and of Z' over all processes
+    C          matrices        (2, D, D)       covariances of Z and of Z' over all processes
 
 Equations
     (1)  v(Z) = sum_j max(0, 1 - S(z_j)) / d                      vicreg_loss
@@ -32,16 +32,17 @@ Commands
     python finetune_fasterrcnn.py --weights runs/vicreg/backbone.pt --optimizer adam
 
 Where this differs from the paper, or it is silent
-    - As the authors' code, not as Eq. (5) and (6): s is the mean over the d dimensions too, and of
-      [v(Z) + v(Z')] half is taken.
+    - s is the mean over the d dimensions too, as in Algorithm 1 and the authors' code, not as in
+      Eq. (5).  Of [v(Z) + v(Z')] half is taken, as in that code alone.
     - A projector 2048 wide (the paper's: 8192), crops of at least 40% of the image (8%) and 100
       epochs (1000) are those of a report by Rajamohan, Liu and Wang, who pre-trained for detection
       with half a million images.
     - The learning rate is that of 100 epochs and follows the batch size: LEARNING_RATES (appendix
-      C.4), between them on the logarithm of the batch size, below 128 as for 128; 0.2 for 1000
-      epochs.
-    - Each view has its own chances of blur and solarize, and the cosine ends at 0.001 of the
-      learning rate, as in the authors' code; the paper's are 0.5 and 0.1 in both, and 0.002.
+      C.4), interpolated on the logarithm of the batch size, below 128 as for 128; the paper's 0.2
+      is for 1000 epochs.
+    - Each view has its own chances of blur and solarize, as in the authors' code; the paper's are
+      0.5 and 0.1 in both.  The cosine ends at 0.001 of the learning rate, as there: 0.0016 for the
+      paper's 1.6, of which it prints a final value of 0.002.
     - The last batch norm of a residual block starts at one, the authors' at zero.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.  bfloat16
       on GPUs; the loss is float32 (its matrix product TF32).
@@ -76,7 +77,7 @@ def parse_args(argv=None):
     add("--batch-size", type=int, default=2048, help="of all processes together (4.2)")
     add("--lr", type=float, help="for each 256 images (C.4; default: by batch size, 0.3 for 2048 "
         "to 0.8 for 128)")
-    add("--weight-decay", type=float, default=1e-6, help="but of biases and batch norm (4.2)")
+    add("--weight-decay", type=float, default=1e-6, help="none on biases and batch norm (4.2)")
     add("--warmup", type=int, default=10, help="epochs of linear growth of the lr (4.2)")
     add("--image-size", type=int, default=224, help="side of a view in pixels")
     add("--crop-scale", type=float, default=0.4, help="least share of the image in a view (the "
@@ -105,7 +106,7 @@ def two_views(image, size, scale):
 
 def covariances(z):
     """Eq. (3), over the rows of all processes: z (2, N, D), two batches here -> (2, D, D).  There
-    must be two rows; with no more rows than D, covariances cannot all be 0."""
+    must be two rows; with no more than D, those of D dimensions that all vary cannot all be 0."""
     number = z.shape[1] * world_size()
     z = z - summed(z.sum(1, keepdim=True)) / number
     return summed(z.mT @ z) / (number - 1)
@@ -117,16 +118,16 @@ def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
     z = torch.stack([z1, z2])  # (2, N, D)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(z.device.type, enabled=False):
-        c = covariances(z)
+        matrices = covariances(z)  # (2, D, D), Eq. (3)
         s = summed(((z[0] - z[1]) ** 2).mean()) / world_size()  # Eq. (5)
-    variances = c.diagonal(dim1=1, dim2=2)  # (2, D)
+    variances = matrices.diagonal(dim1=1, dim2=2)  # (2, D)
     deviation = (variances + 0.0001).sqrt()  # Eq. (2)
     v = F.relu(1 - deviation).mean()  # Eq. (1), half of each
-    others = c - torch.diag_embed(variances)
-    cov = (others ** 2).sum() / z.shape[2]  # Eq. (4), of both
-    loss = invariance * s + variance * v + covariance * cov
+    others = matrices - torch.diag_embed(variances)
+    c = (others ** 2).sum() / z.shape[2]  # Eq. (4), of both
+    loss = invariance * s + variance * v + covariance * c  # Eq. (6)
     return loss, {name: term.detach()
-                  for name, term in (("invariance", s), ("variance", v), ("covariance", cov))}
+                  for name, term in (("invariance", s), ("variance", v), ("covariance", c))}
 
 
 class VICReg(nn.Module):
@@ -195,17 +196,18 @@ def train(args, device):
     run.say(f"lr {lr:.3g} for each 256 images, {why}: {base_lr:.3g} with {args.batch_size}")
 
     def batches(steps):
-        """view1, view2 on the device, their colours drawn from (seed, step, rank)."""
+        """(step, [view1, view2]) on the device, their colours drawn from (seed, step, rank)."""
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
         loader = load_batches(images, cut, args.batch_size, steps, args.seed, args.workers)
         for step, views in zip(steps, loader):
             torch.manual_seed(seed_for(args.seed, step, rank()))
-            yield [photometric(view.pixels.to(device, non_blocking=True), (0.4, 0.4, 0.2, 0.1),
-                               p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
-                   for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
+            yield step, [
+                photometric(view.pixels.to(device, non_blocking=True), (0.4, 0.4, 0.2, 0.1),
+                            p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
+                for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
 
     mixed = mixed_precision(args, device, args.image_size)
-    for step, views in zip(range(run.step, steps), batches(range(run.step, steps))):
+    for step, views in batches(range(run.step, steps)):
         lr = base_lr * schedule(step, steps, args.warmup * per_epoch)
         optimizer.param_groups[0]["lr"] = lr
         with mixed:
@@ -215,7 +217,7 @@ def train(args, device):
         optimizer.step()
         run.end_step(loss, lr, **parts)
 
-    views = next(batches(range(steps, steps + 1)))  # of an epoch that is never trained on
+    _, views = next(batches(range(steps, steps + 1)))  # of an epoch that is never trained on
     with torch.no_grad(), mixed:
         z1, z2 = (all_gather(model.eval().embed(view).float()) for view in views)
     if rank() == 0:

@@ -5,6 +5,7 @@
     python tests/benchmark.py loss [--queries 50176]                      InfoNCE in chunks
     python tests/benchmark.py levels [--arch resnet18 --batch-size 16]    SoCo's one level a box
     python tests/benchmark.py growth [--arch resnet18 --batch-size 16]    with K, S, P, processes
+    python tests/benchmark.py precision [--arch resnet18 --batch-size 16]   bfloat16 beside float32
     python tests/benchmark.py bare                       a step of MoCo v2 against a bare loop
 
 load compares, on the same 500 x 375 JPEGs and in turn, the two ways to two 224-pixel views of an
@@ -273,6 +274,12 @@ def step(args):
     compare(args, {method: (method, []) for method in args.methods})
 
 
+def precision(args):
+    for method in args.methods:
+        compare(args, {f"{method}, {kind}": (method, ["--precision", kind])
+                       for kind in ("float32", "bfloat16")}, both=False)
+
+
 def levels(args):
     compare(args, {"one": ("soco", []), "four": ("four_levels", [])}, both=False)
 
@@ -353,8 +360,8 @@ def loss(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=("load", "step", "loss", "levels", "growth",
-                                         "bare"))
+    commands = {f.__name__: f for f in (load, step, loss, levels, growth, precision, bare)}
+    parser.add_argument("what", choices=commands)
     parser.add_argument("--data", help="load: folder of photos to use instead of smooth noise")
     parser.add_argument("--images", type=int, default=64, help="load: JPEGs")
     parser.add_argument("--rounds", type=int, default=5)
@@ -370,7 +377,7 @@ def main():
     parser.add_argument("--csv", metavar="FILE", help="step, levels: keep the table")
     parser.add_argument("--queries", type=int, default=256 * 14 * 14, help="loss: N")
     args = parser.parse_args()
-    dict(load=load, step=step, loss=loss, levels=levels, growth=growth, bare=bare)[args.what](args)
+    commands[args.what](args)
 
 
 if __name__ == "__main__":
