@@ -86,8 +86,11 @@ class ImageFiles(Dataset):
             raise InputError(f"no such folder: {root}")
         self.root, self.paths, seen = os.fspath(root), [], set()
         for folder, below, files in os.walk(root, onerror=_left_out, followlinks=True):
+            if os.path.realpath(folder) in seen:  # by another link
+                below.clear()
+                continue
             seen.add(os.path.realpath(folder))
-            below[:] = [b for b in below if os.path.realpath(os.path.join(folder, b)) not in seen]
+            below.sort()
             self.paths += [os.path.join(folder, f) for f in files
                            if f.lower().endswith(IMG_EXTENSIONS)]
         if not self.paths:
@@ -629,14 +632,23 @@ def mixed_precision(args, device, side=math.inf):
     """The context of a forward pass: bfloat16 where --precision, or without it a GPU, asks for it;
     weights, their gradients and the losses stay float32.  side: of the smallest image in pixels.
 
-    Raises InputError: bfloat16 on CPUs with images so small that Res5 gets one position.  There
-    PyTorch (2.11, 2.15) leaves most of the gradient of its 3x3 weights of stride 2 uninitialised.
+    Raises InputError: bfloat16 on CPUs with images so small that Res4 is one position.  There
+    PyTorch (2.11, 2.15) leaves most of the gradient of Res5's first 3x3 weights uninitialised.
     """
     precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
     if precision == "bfloat16" and device.type == "cpu" and side <= 16:
         raise InputError(f"bfloat16 on CPUs wants more than 16 pixels, not {side}: PyTorch's "
                          "gradients are wrong there")
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def gathered(mine):
+    """What each process has, of any kind -> a list, in rank order."""
+    if world_size() == 1:
+        return [mine]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
 
 
 def all_gather(x):
@@ -991,10 +1003,7 @@ class Run:
     def _log(self):
         if not self.window:
             return
-        values = torch.stack(self.window)  # (steps since the last line, columns)
-        if world_size() > 1:
-            dist.all_reduce(values)
-            values /= world_size()
+        values = summed(torch.stack(self.window)) / world_size()  # (steps since then, columns)
         values, self.window = values.cpu(), []  # the only place where the loop waits for the device
         wrong = (~values[:, 0].isfinite()).nonzero()
         if len(wrong):

@@ -32,7 +32,7 @@ Where this differs from the papers, or they are silent
       which no detection is wrong, VOC07's rule is stricter.  COCO's own crowds do not train.
     - A box has no area where VOC's xmax is not above its xmin (or ymax, ymin), or where a side is
       under 0.01 pixels.  One that reaches outside its image is cut to it in training.
-    - The report gives Adam's rates and epochs; neither decay, warm-up nor scaling is a choice.
+    - The report gives Adam's rates and epochs; without decay, warm-up or scaling by default.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own, and the
       evaluation uses the first one's statistics.
     - On GPUs: bfloat16, with boxes and losses in float32; RoIAlign's backward pass adds in no fixed
@@ -55,7 +55,6 @@ from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import VOCDetection
 from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -65,7 +64,7 @@ from torchvision.ops._utils import split_normalization_params
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
-                    backbone_stages, check, launch, load_backbone, load_batches, load_checkpoint,
+                    backbone_stages, check, gathered, launch, load_backbone, load_batches, load_checkpoint,
                     mixed_precision, obey_parent, rank, read_or_next, seed_for, steps_per_epoch,
                     world_size)
 
@@ -186,24 +185,19 @@ def read_voc(root, split):
     Raises InputError: no such split, a file that is missing or does not parse.
     """
     year, _, name = split.rpartition("/")
+    folder = os.path.join(root, f"VOCdevkit/VOC{year}" if year else "")
     try:
-        if year:
-            listed = VOCDetection(root, year, name)
-            pairs = zip(listed.images, listed.annotations)
-        else:
-            with open(f"{root}/ImageSets/Main/{split}.txt") as file:
-                names = [line.strip() for line in file if line.strip()]
-            ends = [end for lower in IMG_EXTENSIONS for end in (lower, lower.upper())]
-            images = [f"{root}/JPEGImages/{name}" for name in names]
-            images = [next((i + end for end in ends if os.path.isfile(i + end)), i + ".jpg")
-                      for i in images]
-            pairs = zip(images, [f"{root}/Annotations/{name}.xml" for name in names])
-    except (OSError, ValueError, RuntimeError):
-        folder = os.path.join(root, f"VOCdevkit/VOC{year}" if year else "")
+        with open(os.path.join(folder, f"ImageSets/Main/{name}.txt")) as file:
+            names = [line.strip() for line in file if line.strip()]
+    except OSError:
         raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt in {folder} (VOC's own "
                          "are YEAR/NAME, 2007/trainval; those of your folder NAME)") from None
+    ends = [end for lower in IMG_EXTENSIONS for end in (lower, lower.upper())]
     images = []
-    for image, path in pairs:
+    for number in names:
+        image, path = (os.path.join(folder, *p) for p in (("JPEGImages", number),
+                                                          ("Annotations", f"{number}.xml")))
+        image = next((image + end for end in ends if os.path.isfile(image + end)), image + ".jpg")
         objects = []
         try:
             annotation = ElementTree.parse(path).getroot()
@@ -648,16 +642,12 @@ def evaluate(model, dataset, args, device, run):
     model.eval()
     for done, (indices, items) in enumerate(zip(batches, loader), 1):
         run.stop_if_asked()
-        found = detect(model, [image for image, _ in items], device) if items else []
+        found = detect(model, [image for image, _ in items], device)
         mine += zip(indices, [truth for _, truth in items], found)
         if done * 10 // len(batches) > (done - 1) * 10 // len(batches):
             left = (len(batches) - done) * (time.monotonic() - began) / done / 60
             run.say(f"evaluating: {done}/{len(batches)} batches  {left:.1f} min left", rewrite=True)
-    everyone = [mine]
-    if world_size() > 1:
-        everyone = [None] * world_size()
-        dist.all_gather_object(everyone, mine)
-    together = sorted((row for rows in everyone for row in rows), key=lambda row: row[0])
+    together = sorted(sum(gathered(mine), []), key=lambda row: row[0])
     truths, detections = [t for _, t, _ in together], [d for _, _, d in together]
     ap = coco_ap(truths, detections)
     return {**ap, "VOC07": voc07_ap(truths, detections)} if args.dataset == "voc" else ap

@@ -41,17 +41,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2.functional import center_crop, resize
+from torchvision.transforms.v2.functional import center_crop, normalize, resize
 
-from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, check, launch, obey_parent,
-                    photometric, rank, read_image, seed_for, world_size)
+from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, check, gathered, launch,
+                    obey_parent, rank, read_image, seed_for, summed, world_size)
 from finetune_fasterrcnn import RECIPES, LabelledScenes, read_coco, read_voc
 from visualize import LEVELS, PALETTE, backbones, name_weights
 
@@ -170,8 +169,7 @@ def extract(stages, data, args, device, what):
                         pin_memory=device.type == "cuda")
     means, kept, broken, began, last = [], [], [], time.monotonic(), 0
     for pixels, index, fine in loader:
-        x = photometric(pixels.to(device, non_blocking=True), p_jitter=0, p_gray=0, p_blur=0,
-                        mean=args.mean, std=args.std)
+        x = normalize(pixels.to(device, non_blocking=True).float() / 255, args.mean, args.std)
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             found = stages(x)
         means.append([found[LEVELS.index(level)].float().mean((2, 3))[fine.to(device)]
@@ -189,15 +187,6 @@ def extract(stages, data, args, device, what):
     if len(broken) > 0.01 * len(data):
         raise InputError(f"{len(broken)} of {len(data)} images cannot be decoded: over 1%")
     return [torch.cat(level) for level in zip(*means)], torch.tensor(kept)
-
-
-def gathered(mine):
-    """What each process has -> a list, in rank order."""
-    if world_size() == 1:
-        return [mine]
-    everyone = [None] * world_size()
-    dist.all_gather_object(everyone, mine)
-    return everyone
 
 
 def whole(x, rows, data, device):
@@ -282,9 +271,8 @@ def fit_softmax(train, test, number, args, device):
     train, test: this process's features, (n, C) a level, and class numbers (n,).
     """
     (x, y), (x_test, y_test) = train, test
-    totals = torch.tensor([len(y), *(level.norm(dim=1).sum() for level in x)], device=device)
-    if world_size() > 1:
-        dist.all_reduce(totals)
+    totals = summed(torch.tensor([len(y), *(level.norm(dim=1).sum() for level in x)],
+                                 device=device))
     x, x_test = ([level / length for level, length in zip(each, totals[1:] / totals[0])]
                  for each in (x, x_test))
     torch.manual_seed(args.seed)
@@ -314,9 +302,7 @@ def fit_softmax(train, test, number, args, device):
     with torch.no_grad():
         right = [(layer(level).topk(min(k, number)).indices == y_test[:, None]).sum()
                  for layer, level in zip(layers, x_test) for k in (1, 5)]
-    right = torch.stack([*right, torch.tensor(len(y_test), device=device)]).double()
-    if world_size() > 1:
-        dist.all_reduce(right)
+    right = summed(torch.stack([*right, torch.tensor(len(y_test), device=device)]).double())
     return (right[:-1] / right[-1]).view(-1, 2).tolist()
 
 
@@ -368,8 +354,9 @@ def run(args, device):
         results[label] = [100 * values[metric] for values in details[label]]
     if args.dataset == "folder":
         chance = 1 / len(train.classes)
-    else:  # of a class: the share of images that have it
-        chance = ((test.targets == 1).sum(0) / (test.targets != 0).sum(0)).mean().item()
+    else:  # of a class: the share of images that have it; one that none has is left out, as in mAP
+        shares = (test.targets == 1).sum(0) / (test.targets != 0).sum(0)
+        chance = shares[shares > 0].mean().item()
     if rank() == 0:
         width = max(map(len, [*results, "100.00"]))
         print(f"by chance {100 * chance:.2f}")

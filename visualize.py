@@ -78,7 +78,7 @@ DEFAULTS = {  # level, size in pixels, of scenes, images that are measured, how 
     "attention": ("res5", 448, 192, 1000, 4), "retrieval": ("res5", 224, 96, 1000, 3),
     "similarity": ("res5", 224, 96, 3200, 1), "iou-similarity": ("res4", 448, 192, 200, 1),
     "correspondence": ("res4", 448, 192, 50, 2), "features": ("res5", 448, 192, 1000, 1),
-    "detections": ("res5", 448, 192, 1000, 6), "views": ("res5", 224, 96, 1, 1),
+    "detections": ("res5", 448, 192, 1000, 6), "views": ("res5", 224, 96, 1000, 1),
     "curves": ("res5", 224, 96, 1, 1)}
 
 
@@ -240,12 +240,6 @@ def matches(q, k):
     return (q.T @ k).argmax(1)
 
 
-def centres(rows, columns, size):
-    """x y of the middle of each cell of a view, row by row, (rows columns, 2), in its pixels."""
-    y, x = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    return (torch.stack([x, y], dim=2).flatten(0, 1) + 0.5) * size / torch.tensor([columns, rows])
-
-
 def counterpart(points, view_q, view_k):
     """Where points (n, 2) of view_q, x y in its pixels, are in view_k: (n, 2), in its pixels."""
     size = view_q.pixels.shape[-1]
@@ -265,11 +259,12 @@ def correspond(q, k, view_q, view_k):
     bool, and the chance of that, the share of such cells in the other view, (h w,); 0 if not shown.
     """
     size = view_q.pixels.shape[-1]
-    points, found = centres(*q.shape[1:], size), matches(q, k)
+    cell = size / torch.tensor([q.shape[2], q.shape[1]])  # x y
+    points = (torch.cartesian_prod(*map(torch.arange, q.shape[1:])).flip(1) + 0.5) * cell
+    found = matches(q, k)
     true = counterpart(points, view_q, view_k)
     seen = ((true >= 0) & (true <= size)).all(1)
-    cell = size / torch.tensor([q.shape[2], q.shape[1]]) * 1.001
-    close = ((points - true[:, None]).abs() <= cell).all(2) & seen[:, None]  # (h w, h w)
+    close = ((points - true[:, None]).abs() <= 1.001 * cell).all(2) & seen[:, None]  # (h w, h w)
     right = close[torch.arange(len(points)), found]
     return points, points[found], seen, right, close.float().mean(1)
 
@@ -373,13 +368,14 @@ def similarity(args, device):
     rows, networks = [], None
     files = [load_checkpoint(path) if path != "none" else {} for path in args.weights]
     heads = [isinstance(saved, dict) and saved.get("method") == "detco" for saved in files]
+    for path, saved in ((p, f) for p, f, head in zip(args.weights, files, heads) if head):
+        if saved["args"]["no_local"] or not saved["args"]["weights"][3]:
+            raise InputError(f"{path} has no local head at Res5 (--no-local, --weights)")
     recipe = (argparse.Namespace(**files[heads.index(True)]["args"]) if any(heads) else
               detco.parse_args([] if args.data is None else ["--data", args.data]))
     for i, (label, path, saved) in enumerate(zip(args.labels, args.weights, files)):
         if heads[i]:
             own = argparse.Namespace(**saved["args"])
-            if own.no_local or not own.weights[3]:
-                raise InputError(f"{path} has no local head at Res5 (--no-local, --weights)")
             model = detco.DetCo(own.arch, own.dim, own.queue_size, weights=own.weights,
                                 bn_groups=1, share_queue=own.share_queue)
             model.load_state_dict(saved["model"])

@@ -44,6 +44,12 @@ def test_image_files_follow_links_to_folders_elsewhere(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "link").symlink_to(tmp_path / "far", target_is_directory=True)
     assert len(common.ImageFiles(str(tmp_path / "data"))) == 2
+    make_photos(tmp_path / "data" / "real" / "deep", 2)
+    make_photos(tmp_path / "data" / "real", 1)
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "real", target_is_directory=True)
+    names = common.ImageFiles(str(tmp_path / "data")).names  # each image once
+    assert names == ["again/0000.jpg", "again/deep/0000.jpg", "again/deep/0001.jpg",
+                     "link/0000.jpg", "link/0001.jpg"]
 
 
 def test_every_kind_of_image_becomes_rgb_uint8(tmp_path):

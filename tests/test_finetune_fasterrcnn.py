@@ -386,7 +386,8 @@ def error(*args, **kwargs):
 
 
 @pytest.mark.parametrize("inner, split", [("", "trainval"), ("VOCdevkit/VOC2007", "2007/trainval"),
-                                          ("VOCdevkit/VOC2012", "2012/trainval")])
+                                          ("VOCdevkit/VOC2012", "2012/trainval"),
+                                          ("VOCdevkit/VOC2011", "2011/mine")])
 def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
     make_voc(tmp_path / inner, [[("dog", 0, 1, 1, 80, 60), ("cat", 1, 11, 21, 30, 40)],
                                 [], [("cat", 0, 7, 7, 7, 20)]])

@@ -359,7 +359,7 @@ def test_similarity_of_detcos_heads(files, tmp_path):
     save_checkpoint(tmp_path / "checkpoint.pt", **{**saved, "args": {**vars(recipe),
                                                                       "no_local": True}})
     with pytest.raises(SystemExit, match="has no local head at Res5"):
-        figure(files, tmp_path, *words)
+        figure(files, tmp_path, *words[:-1], "none", words[-1])
 
 
 def test_features_of_an_fpn(files, tmp_path):
