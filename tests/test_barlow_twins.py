@@ -230,7 +230,7 @@ def test_a_run_written_out(tmp_path, monkeypatch, method):
     scenes = Scenes(32, size=96, seed=0)
     torch.manual_seed(0)
     model = (barlow_twins.BarlowTwins("resnet18", 16, 0.1) if method is barlow_twins else
-             vicreg.VICReg("resnet18", 16))
+             vicreg.VICReg("resnet18", 16)).to(memory_format=torch.channels_last)
     weights = [p for p in model.parameters() if p.ndim > 1]
     others = [p for p in model.parameters() if p.ndim == 1]
     optimizer = common.LARS([dict(params=weights), dict(params=others)], 1, weight_decay=1e-6)

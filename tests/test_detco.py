@@ -432,6 +432,7 @@ def test_a_run_is_algorithm_1(tmp_path):
     args = detco.parse_args(words)
     torch.manual_seed(0)
     model = detco.DetCo("resnet18", 16, 40, args.momentum, args.tau, 2)
+    model = model.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.0, 0.9, weight_decay=1e-4)
 
     def batches(steps):

@@ -501,7 +501,7 @@ def test_a_run_written_out(tmp_path):
     args = dupr.parse_args(words)
     torch.manual_seed(0)
     model = dupr.DUPR("resnet18", 16, 40, args.momentum, args.tau, 2, roi_size=(2, 2, 2, 2),
-                      patch_keys=5)
+                      patch_keys=5).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.0, 0.9, weight_decay=1e-4)
 
     def batches(steps):

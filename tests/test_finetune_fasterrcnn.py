@@ -390,7 +390,7 @@ def error(*args, **kwargs):
                                           ("VOCdevkit/VOC2011", "2011/mine")])
 def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
     make_voc(tmp_path / inner, [[("dog", 0, 1, 1, 80, 60), ("cat", 1, 11, 21, 30, 40)],
-                                [], [("cat", 0, 7, 7, 7, 20)]])
+                                [], [("cat", 0, 7, 7, 7, 20)]], split.rpartition("/")[2])
     data = ft.Annotated("voc", str(tmp_path), [split])
     image, truth = data[0]
     assert image.shape == (3, 60, 80) and image.dtype == torch.uint8

@@ -226,7 +226,8 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
                   for x in ("--" + k.replace("_", "-"), v)])
     torch.manual_seed(args.seed)
     model = moco_v2.MoCo("resnet18", 128, 40, args.momentum, args.tau, 2)
-    f_q, f_k = plain_encoder(model.encoder_q), plain_encoder(model.encoder_k)
+    f_q, f_k = (plain_encoder(encoder).to(memory_format=torch.channels_last)
+                for encoder in (model.encoder_q, model.encoder_k))
     from scenes import Scenes
     data = Scenes(40, size=96, seed=0)
     cut = partial(moco_v2.two_views, size=64, scale=(args.crop_scale, 1.0))
