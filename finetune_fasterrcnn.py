@@ -64,9 +64,9 @@ from torchvision.ops._utils import split_normalization_params
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
-                    backbone_stages, check, gathered, launch, load_backbone, load_batches, load_checkpoint,
-                    mixed_precision, obey_parent, rank, read_or_next, seed_for, steps_per_epoch,
-                    world_size)
+                    backbone_stages, check, gathered, launch, load_backbone, load_batches,
+                    load_checkpoint, mixed_precision, obey_parent, rank, read_or_next, seed_for,
+                    steps_per_epoch, world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
