@@ -7,6 +7,7 @@
     python tests/benchmark.py growth [--arch resnet18 --batch-size 16]    with K, S, P, processes
     python tests/benchmark.py precision [--arch resnet18 --batch-size 16]   bfloat16 beside float32
     python tests/benchmark.py bare                       a step of MoCo v2 against a bare loop
+    python tests/benchmark.py detectors --batch-size 2   a step of the papers' C4 and FPN
 
 load compares, on the same 500 x 375 JPEGs and in turn, the two ways to two 224-pixel views of an
 image: the usual chain, all of it in the loading process (PIL crop, jitter, gray, blur, flip,
@@ -17,7 +18,9 @@ end, from 500 x 375 JPEGs, where `waiting` is the share of time in which the loo
 The arithmetic is what torch counts of a step, convolutions and matrix products, and its share is
 that of this machine's matrix product.  loss is DUPR's patch loss at its size.  levels is SoCo's
 step, each box through the head from the one level of its size, against one in which the head runs
-on all four levels for every box and three results are masked away.
+on all four levels for every box and three results are masked away.  detectors is fine-tuning at the
+papers' size: images of VOC's usual shape for C4, of COCO's for FPN, short sides in the middle of
+the recipe's, random pixels, 512 RoIs.
 """
 import argparse
 import contextlib
@@ -47,6 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import barlow_twins  # noqa: E402
 import detco  # noqa: E402
 import dupr  # noqa: E402
+import finetune_fasterrcnn  # noqa: E402
 import moco_v2  # noqa: E402
 import soco  # noqa: E402
 import vicreg  # noqa: E402
@@ -334,6 +338,39 @@ def bare(args):
           f"({args.rounds} rounds: {min(ratios):.3f} to {max(ratios):.3f})")
 
 
+def detector_step(dataset, classes, image_size, args):
+    """In a process of its own: training steps of a recipe's detector -> TFLOP and seconds of the
+    last, peak GiB."""
+    recipe = finetune_fasterrcnn.RECIPES[dataset]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    model = finetune_fasterrcnn.build_detector(
+        args.arch, classes, recipe["detector"],
+        min_size=(int(np.median(recipe["min_size"])),)).to(device).train()
+    images = [torch.rand(3, *image_size, device=device) for _ in range(args.batch_size)]
+    targets = [dict(boxes=torch.tensor([[50.0, 60.0, 200.0, 300.0], [220.0, 80.0, 460.0, 250.0]]),
+                    labels=torch.tensor([1, 2])) for _ in images]
+    targets = [{k: v.to(device) for k, v in target.items()} for target in targets]
+    for _ in range(1 + args.steps):
+        model.zero_grad()
+        start = time.perf_counter()
+        with FlopCounterMode(display=False) as counter:
+            with torch.autocast(device.type, torch.bfloat16):
+                losses = model(images, targets)
+            loss = sum(losses.values())
+            loss.backward()
+            loss.item()
+        seconds = time.perf_counter() - start
+    return counter.get_total_flops() / 1e12, seconds, peak()
+
+
+def detectors(args):
+    for name, *what in (("C4, VOC", "voc", 20, (375, 500)), ("FPN, COCO", "coco", 80, (480, 640))):
+        flops, seconds, memory = alone(detector_step, *what, args)
+        print(f"{name}: {args.arch}, {args.batch_size} images of {what[2][0]} x {what[2][1]}: "
+              f"{flops:.2f} TFLOP, {seconds:.1f} s, peak {memory:.1f} GiB")
+
+
 def time_loss(queries, chunk):
     """In a process of its own -> seconds forward and backward, peak GiB beyond what came in."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -360,7 +397,8 @@ def loss(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    commands = {f.__name__: f for f in (load, step, loss, levels, growth, precision, bare)}
+    commands = {f.__name__: f for f in (load, step, loss, levels, growth, precision, bare,
+                                         detectors)}
     parser.add_argument("what", choices=commands)
     parser.add_argument("--data", help="load: folder of photos to use instead of smooth noise")
     parser.add_argument("--images", type=int, default=64, help="load: JPEGs")
