@@ -94,7 +94,7 @@ def parse_args(argv=None):
     add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
     add_run_arguments(parser, out="runs/vicreg")
     if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=64, epochs=5, batch_size=128, lr=8.0,
+        parser.set_defaults(arch="resnet18", image_size=64, epochs=5, batch_size=128, lr=2.0,
                             warmup=1, p_blur=[0.0, 0.0], dim=128)
     return parser.parse_args(argv)
 
