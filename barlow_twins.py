@@ -36,6 +36,7 @@ Where this differs from the paper, or it is silent
     - The learning rate of weights follows the batch size: LEARNING_RATES, which the authors gave
       for 300 epochs (github.com/facebookresearch/barlowtwins/issues/7), interpolated on
       the logarithm of the batch size, below 128 as for 128 (the authors guess 1.0 for 64).
+      That of biases stays 0.0048; in those runs it was 0.024 of the weights' (0.0096 for 256).
     - lambda (the paper's: 0.005), weight decay (1.5e-6), blur and solarize, and the 1e-5 in each
       deviation, sqrt(variance + 1e-5), are the authors' code's.
     - Gradients are those of one process with the whole batch.  The authors' are smaller by the

@@ -52,10 +52,10 @@ Where this differs from the paper, or the paper is silent
     - The nine patches stand in the order of the grid: the text says jigsaw and cites PIRL, but not
       that it permutes them, and a head that takes them in a fixed order can tell places apart.
     - --share-queue shares one queue among the global levels and one among the local ones.
-    - --rand-augment is torchvision's RandAugment with RandAugment's ImageNet setting (2 operations
-      of magnitude 9), before the colours above: the paper cites it, without its numbers.
+    - --rand-augment is torchvision's RandAugment (2 operations at 0.3 of their range, 9 of 30),
+      before the colours above: the paper cites it, without its numbers.
     - A level of weight 0 has no head and no queue, and a stage that only it would need is not
-      computed: backbone.pt then has it as it was drawn.
+      computed: backbone.pt then has it as it was initialised.
     - As in moco_v2.py: batch norm sees groups of batch / 8 images (nine patches each) on one
       process as on eight; queues start full of real keys; the cosine falls by step; bfloat16.
 """
@@ -108,7 +108,7 @@ def parse_args(argv=None):
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
     add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/detco")
-    if parser.parse_known_args(argv)[0].data is None:  # 4 minutes on two CPU cores
+    if parser.parse_known_args(argv)[0].data is None:  # 5 minutes on two CPU cores
         parser.set_defaults(arch="resnet18", image_size=48, local_size=60, patch_size=16, epochs=5,
                             batch_size=64, queue_size=256, momentum=0.99, bn_groups=4,
                             crop_scale=0.4, p_blur=0.0)
@@ -209,7 +209,7 @@ class DetCo(nn.Module):
                 terms["gl"] = info_nce(q_l[i], k_g[i], n_g[i], self.tau)  # Eq. (4)
             loss = loss + self.weights[level] * sum(terms.values())  # Eq. (1)
             parts.update({f"{name}_res{level + 2}": term.detach() for name, term in terms.items()})
-        chance = torch.full_like(loss, math.log(len(n_g[0]) + 1)).detach()
+        chance = loss.new_full((), math.log(len(n_g[0]) + 1))
         whole = chance * len(terms) * sum(self.weights)
         parts.update({f"{name}_chance": chance for name in terms})
         return loss, k, dict(loss_chance=whole, **parts,

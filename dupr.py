@@ -46,15 +46,17 @@ Where this differs from the paper, or the paper is silent
       4.5.3 why.  For Res2 and Res3, which have a loss in Table VII (b), none is printed: 14 here.
     - Eq. (7) is printed as a sum over positions.  It is the mean here, over all positions of all
       overlapping pairs of all processes, so that alpha and beta weigh losses of like size.
-    - Of a step's patch keys, 32 drawn from all valid positions of the global batch are pushed.
+    - Of a step's patch keys, 32 drawn from all valid positions of the global batch are pushed, so
+      that a patch queue is renewed in eight times as many steps as the images'.
     - Settings are those of the ablations, with MoCo v2's views and tau 0.2.  --rand-augment adds
-      torchvision's RandAugment (2 operations of magnitude 9) and sets tau to 0.15, but draws
-      operations on colour alone: a geometric one would move what R_1 and R_2 record.
+      torchvision's RandAugment and sets tau to 0.15, but draws operations on colour alone: a
+      geometric one would move what R_1 and R_2 record.  It takes two at 0.3 of their range (9 of
+      30); in the public code of InfoMin, which 3.2.3 follows, both have the full range and p 0.5.
     - RoI Align has the half-pixel shift (aligned=True).  On CUDA its gradients are summed in no
       fixed order, so that a resumed run need not end where an uninterrupted one does, bit for bit.
     - A head's hidden layer is as wide as Res5 (2048), at all levels.
     - A level of weight 0 has no head and no queue, and a stage that only it would need is not
-      computed: backbone.pt then has it as it was drawn.
+      computed: backbone.pt then has it as it was initialised.
     - As in moco_v2.py: batch norm sees groups of batch / 8 images on one process as on eight;
       queues start full of real keys (at S = 1 not quite); cosine by step; bfloat16.
 """
@@ -79,7 +81,7 @@ from common import (InputError, Queue, Run, SplitBatchNorm, add_run_arguments, a
 
 
 def parse_args(argv=None):
-    """The paper's recipe by default; without --data, a small one for the built-in scenes."""
+    """The recipe of the paper's ablations by default; without --data, a small one for scenes."""
     parser = argparse.ArgumentParser(description="Pre-train a ResNet with DUPR.")
     add = parser.add_argument_group("recipe (section or table of DUPR)").add_argument
     parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
@@ -252,7 +254,7 @@ class DUPR(nn.Module):
         k = shuffled(self.encoder_k, view_k.pixels, *where_k)  # without gradient
         valid_of_all = all_gather(valid)
         keys = self.chosen(k, valid_of_all, self.patch_keys)
-        # the mean over all processes' pairs is the mean over processes of their own means so scaled
+        # own means, so scaled, average over processes (as DDP does) to the mean over all pairs
         share = float(valid.float().mean() / valid_of_all.float().mean().clamp(min=1e-9))
         rows = valid.nonzero().flatten().to(view_q.pixels.device)
         loss, parts, watched = 0, {}, {}
@@ -260,12 +262,12 @@ class DUPR(nn.Module):
             scale, stride = 1, 1
             if kind == "patch":
                 q_i, k_i = q_i[rows].flatten(0, 1), k_i[rows].flatten(0, 1)  # (N, D)
-                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # one an image
+                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # one of most images
             term = info_nce(q_i, k_i, queue.keys, self.tau) * scale  # Eq. (8), Eq. (7)
             loss = loss + weight * term  # Eq. (2)
             parts[f"{kind}_res{i + 2}"] = term.detach()
             watched[kind] = q_i[::stride], k_i[::stride], queue.keys
-        chance = torch.full_like(loss, math.log(len(queue.keys) + 1)).detach()
+        chance = loss.new_full((), math.log(len(queue.keys) + 1))
         for kind, last in watched.items():
             parts[f"{kind}_chance"] = chance
             parts.update({f"{n}_{kind}": v for n, v in contrast_statistics(*last).items()})

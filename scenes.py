@@ -41,9 +41,10 @@ def texture(rng, x, y, size, behind):
     c, s = math.cos(angle) * 2 * math.pi / period, math.sin(angle) * 2 * math.pi / period
     u, v = np.sin(c * x + s * y + phase), np.sin(c * y - s * x)
     pattern = rng.uniform(0.5, max(1, period / 6)) * (u, u * v, u + v - 0.7)[kind]  # soft or sharp
-    pairs = rng.random((50, 2, 3), dtype=np.float32)  # two colours: the first pair of which
-    colours = np.concatenate([pairs, pairs.mean(axis=1, keepdims=True)], axis=1)  # no mixture is
-    contrast = np.linalg.norm(colours - behind, axis=2).min(axis=1)  # like what is behind
+    # the first pair of colours of which neither, nor their mean, is like what is behind
+    pairs = rng.random((50, 2, 3), dtype=np.float32)
+    colours = np.concatenate([pairs, pairs.mean(axis=1, keepdims=True)], axis=1)
+    contrast = np.linalg.norm(colours - behind, axis=2).min(axis=1)
     one, two = pairs[np.argmax(contrast > 0.45), :, :, None, None]
     return one + (two - one) * np.clip(0.5 + pattern, 0, 1)
 

@@ -41,7 +41,7 @@ Where this differs from the paper, or the paper is silent
       tenth of the image's greatest derivative.
     - Large boxes come first, not by rank times a random number; a box is given once.
     - The command shrinks an image to --size pixels and keeps the boxes that SoCo uses; an image
-      beyond 32,767 pixels has none, and one that cannot be decoded neither.
+      with a side over 32,767 pixels has none, and one that cannot be decoded neither.
 """
 import argparse
 import math
@@ -149,8 +149,8 @@ def union(a, b, weight, size, limit, k, min_size):
 def segment(a, b, weight, pixels, k, min_size):
     """FH, Algorithm 1, over sorted edges: the component (pixels,) of each pixel, from 0.
 
-    It has an end where every edge left is heavier than a limit at one of its ends; then components
-    under ``min_size`` pixels are joined by their lightest edges.
+    Nothing more can join once every edge left is heavier than the limit of a component at one of
+    its ends; then components under ``min_size`` pixels are joined by their lightest edges.
     """
     label, size, limit = np.arange(pixels), np.ones(pixels, int), np.full(pixels, float(k))
     ends = a, b

@@ -40,7 +40,7 @@ Commands
     python finetune_fasterrcnn.py --weights runs/soco/detector.pt            all that was learned
 
 Where this differs from the talk, or it is silent (then: the authors' public configuration)
-    - Recipe (batch, LARS, decay, warm-up, colours) and layer widths are the configuration's.
+    - Recipe (LARS, decay, warm-up, colours) and layer widths are the configuration's.
     - V2's rectangle is drawn in V1, but cut from the image at its own resolution.  V3 is V2, made
       smaller, as in the talk, and so is V4, of which it gives the size alone.  The authors' code
       crops V3 anew; for SoCo* its view of 192, while its 112 is V2 made smaller.
@@ -53,7 +53,7 @@ Where this differs from the talk, or it is silent (then: the authors' public con
     - Jitter moves the boxes of V1 only; r is drawn anew for each of a box's x, y, w and h.
     - A box is pooled from the one level of its size; the authors' code runs all four and keeps one.
       The bounds are 48, 96 and 192 pixels of a view of any size: in the built-in scenes' views of
-      64, no box is of P4 or P5, whose last convolutions stay as they were drawn.
+      64, no box is of P4 or P5, whose last convolutions stay as initialised.
     - RoI Align is not shifted by half a pixel, as in torchvision's Faster R-CNN; the authors' is.
     - m rises to 1 by a cosine over the steps, as in the authors' code; the talk gives its start.
     - --proposals auto is the single strategy of selective_search.py at 224 pixels; the authors' was
@@ -153,10 +153,10 @@ class Proposed(Dataset):
 
 
 def random_boxes(width, height, number=32):
-    """Boxes (n, 4) with shape and size drawn evenly from what selective search's may have, anywhere
-    in the image; those of ``number`` that fit into it."""
+    """Boxes (n, 4) anywhere in the image, sqrt(w h) and log(w / h) uniform between the bounds of
+    ``keep_object_like``; those of ``number`` that fit into it."""
     side = (0.3 + 0.5 * torch.rand(number)) * math.sqrt(width * height)
-    root = 3 ** (torch.rand(number) - 0.5)  # of w / h
+    root = 3 ** (torch.rand(number) - 0.5)  # sqrt(w / h)
     w, h = side * root, side / root
     left, top = torch.rand(2, number) * torch.stack([width - w, height - h])
     fits = (w <= width) & (h <= height)
@@ -285,7 +285,8 @@ def similarity_loss(v, target):
 def spread(v):
     """What to watch for collapse, of v (N, D), as unit rows: the mean deviation of a coordinate, 0
     when all boxes are one and 1/sqrt(D) when they fill the sphere, and in how many directions they
-    deviate, (sum of eigenvalues)^2 / sum of eigenvalues^2 of their covariance, 1 to D."""
+    deviate, the participation ratio (sum of eigenvalues)^2 / sum of eigenvalues^2 of their
+    covariance, 1 to D."""
     v = F.normalize(v, dim=1)
     centred = v - v.mean(0)
     with torch.autocast(v.device.type, enabled=False):
@@ -336,7 +337,7 @@ def train(args, device):
           workers=(0, inf), seed=(0, inf), log_every=(1, inf))
     images = unlabelled(args.data, args.scenes)
     per_epoch = steps_per_epoch(images, args.batch_size)
-    if args.batch_size == world_size():
+    if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
         raise InputError(f"batch size {args.batch_size}: batch norm needs two images a process")
 
     torch.manual_seed(args.seed)

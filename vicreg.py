@@ -106,7 +106,8 @@ def two_views(image, size, scale):
 
 def covariances(z):
     """Eq. (3), over the rows of all processes: z (2, N, D), two batches here -> (2, D, D).  There
-    must be two rows; with no more than D, those of D dimensions that all vary cannot all be 0."""
+    must be two rows.  N rows in all give a rank of N - 1 at most: where that is less than D and all
+    dimensions vary, some of them covary."""
     number = z.shape[1] * world_size()
     z = z - summed(z.sum(1, keepdim=True)) / number
     return summed(z.mT @ z) / (number - 1)
