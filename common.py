@@ -20,6 +20,7 @@ import sys
 import threading
 import time
 import warnings
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -297,19 +298,11 @@ def photometric(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_gray=0.2, p
     return (x - mean) / std
 
 
-class _Histograms(Dataset):
-    """Item i: how often each value 0..255 occurs in each channel of image i, (3, 256)."""
-
-    def __init__(self, images):
-        self.images = images
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        i, image = self.images.numbered(index)
-        counts = torch.stack([channel.bincount(minlength=256) for channel in image.flatten(1)])
-        return counts * (i == index)  # an image that cannot be decoded has none
+def _histogram(images, index):
+    """How often each value 0..255 occurs in each channel of image ``index``, (3, 256)."""
+    i, image = images.numbered(index)
+    counts = torch.stack([channel.bincount(minlength=256) for channel in image.flatten(1)])
+    return counts * (i == index)  # an image that cannot be decoded has none
 
 
 def measure_normalisation(images, workers=0):
@@ -321,8 +314,8 @@ def measure_normalisation(images, workers=0):
     """
     if rank():
         return None
-    loader = DataLoader(_Histograms(images), batch_size=None, num_workers=workers,
-                        worker_init_fn=obey_parent)
+    loader = DataLoader(range(len(images)), batch_size=None, num_workers=workers,
+                        collate_fn=partial(_histogram, images), worker_init_fn=obey_parent)
     counts, value = torch.zeros(3, 256, dtype=torch.long), torch.arange(256).double() / 255
     for done, histogram in enumerate(loader, 1):
         counts += histogram
@@ -700,14 +693,14 @@ def launch(train, args):
             raise
         named = gone and gone[1]
         why = gone[0] if named else "another process has ended"
-        sys.exit(1 if local and not named else f"error: {why}; the same command goes on")
+        sys.exit(1 if local and not named else f"error: {why}; give the same command again")
     except (InputError, OSError) as error:
         if local:  # what all know the first one says; torchrun then ends the others, and one that
             time.sleep(3)  # lives on has something of its own to say
         where = f"{args.out}: " if getattr(error, "filename", "") is None else ""  # of a full disk
         sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())
     except KeyboardInterrupt as stopped:  # outside of a Run's steps
-        print("stopped; the same command goes on", file=sys.stderr)
+        print("stopped; give the same command again", file=sys.stderr)
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
     finally:
         if dist.is_initialized():
@@ -789,6 +782,11 @@ def detectron2_name(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
+# of a prefix: a momentum encoder's, or another average of the weights
+AVERAGED = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
+                      "averaged?|momentum|target|teacher")
+
+
 def load_backbone(stages, path):
     """Copy a pre-trained backbone into ``stages``, from the names of the file's tensors alone.
 
@@ -814,9 +812,7 @@ def load_backbone(stages, path):
     if not backbones:
         raise InputError(f"{path} holds no {kind}: no {' and '.join(first)}"
                          + ", nor detectron2's" * len(spellings[1:]))
-    averaged = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
-                          "averaged?|momentum|target|teacher")
-    backbones.sort(key=lambda b: bool(averaged.search(b[0])))  # of equals the first stays first
+    backbones.sort(key=lambda b: bool(AVERAGED.search(b[0])))  # of equals the first stays first
     (prefix, spell), *others = backbones
     found, rest = {}, dict(state)
     for name, tensor in stages.state_dict().items():
@@ -946,20 +942,12 @@ class Run:
     def _keep_rows(self):
         """Leave in log.csv what the checkpoint has seen: a killed run may have logged more."""
         if self.table.exists():
-            with open(self.table, newline="", errors="replace") as file:
-                rows = [r for r in csv.DictReader(file) if None not in r.values()
-                        and r["step"].isdigit() and int(r["step"]) <= self.step]
+            header, *rows = self.table.read_text(errors="replace").split("\n")
+            rows = [r for r in rows if r.count(",") == header.count(",")
+                    and r.split(",")[0].isdigit() and int(r.split(",")[0]) <= self.step]
             kept = self.table.with_suffix(".tmp")
-            kept.unlink(missing_ok=True)
-            self._write(kept, *rows)
+            kept.write_text("".join(f"{r}\n" for r in [header, *rows]) if rows else "")
             os.replace(kept, self.table)
-
-    def _write(self, path, *rows):
-        with open(path, "a", newline="") as file:
-            writer = csv.DictWriter(file, rows[0] if rows else ())
-            if rows and not file.tell():
-                writer.writeheader()
-            writer.writerows(rows)
 
     def say(self, text, rewrite=False):
         """Print a line, once for all processes; on a terminal the next one may take its place."""
@@ -1018,8 +1006,12 @@ class Run:
         row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
         if rank() == 0:
             epoch = round(self.step / self.steps_per_epoch, 4)
-            self._write(self.table, dict(step=self.step, epoch=epoch, **row,
-                                         images_per_s=round(speed, 1)))
+            line = dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1))
+            with open(self.table, "a", newline="") as file:
+                writer = csv.DictWriter(file, line, lineterminator="\n")
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(line)
         numbers = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
         self.say(f"epoch {math.ceil(self.step / self.steps_per_epoch)}/"
                  f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "

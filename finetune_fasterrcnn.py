@@ -35,8 +35,8 @@ Where this differs from the papers, or they are silent
     - The report gives Adam's rates and epochs; without decay, warm-up or scaling by default.
     - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own, and the
       evaluation uses the first one's statistics.
-    - On GPUs: bfloat16, with boxes and losses in float32; RoIAlign's backward pass adds in no fixed
-      order there, so that a resumed run equals an uninterrupted one only nearly.
+    - On GPUs training is in bfloat16, but for boxes and losses; RoIAlign's backward pass adds in no
+      fixed order there, so that a resumed run equals an uninterrupted one only nearly.
 """
 import argparse
 import json
@@ -63,10 +63,10 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 from torchvision.ops._utils import split_normalization_params
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from common import (IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run, add_run_arguments,
-                    backbone_stages, check, gathered, launch, load_backbone, load_batches,
-                    load_checkpoint, mixed_precision, obey_parent, rank, read_or_next, seed_for,
-                    steps_per_epoch, world_size)
+from common import (AVERAGED, IMAGENET_MEAN, IMAGENET_STD, InputError, ResNetStages, Run,
+                    add_run_arguments, backbone_stages, check, gathered, launch, load_backbone,
+                    load_batches, load_checkpoint, mixed_precision, obey_parent, rank, read_or_next,
+                    seed_for, steps_per_epoch, world_size)
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -95,8 +95,8 @@ def parse_args(argv=None):
     add("--test-split", nargs="+", help="default: 2007/test, or val2017")
     add("--classes", nargs="+", help="default: VOC's 20; of your own data, what the training "
         "annotations name")
-    add("--fraction", type=float, default=1, help="share of the training images, drawn by --seed, "
-        "with 12,000 iterations (DetCo, 6.1)")
+    add("--fraction", type=float, default=1, help="share of the training images: drawn by --seed, "
+        "with 12,000 iterations (DetCo, 6.1); of scenes the first ones")
     add("--train-scenes", type=int, default=400, help="number of labelled built-in scenes")
     add("--test-scenes", type=int, default=300, help="number of built-in scenes to measure AP on")
     add = parser.add_argument_group("detector").add_argument
@@ -114,7 +114,8 @@ def parse_args(argv=None):
         "double it")
     add("--rois", type=int, default=512, help="RoIs of an image that the box head trains on; it "
         "tests on twice as many, 1000 at most")
-    add("--box-head", choices=["2fc", "4conv1fc"], help="the FPN's; default: that of --weights")
+    add("--box-head", choices=["4conv1fc"], help="SoCo's, of the FPN (default: as in --weights, "
+        "else two linear layers)")
     add = parser.add_argument_group("recipe").add_argument
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: lr 1e-4 (the report)")
     add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
@@ -388,7 +389,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; an FPN and
     a box head that it holds under this detector's names are loaded too.  box_head, of the FPN:
-    "2fc", "4conv1fc" (SoCo's: 4 convolutions with BN, 1 linear layer), or None, as in weights.
+    "4conv1fc" (SoCo's: 4 convolutions with BN, 1 linear layer), or None, as in weights, else 2fc.
     mean, std: of red, green and blue in 0..1.  InputError: c4 of another backbone than a ResNet.
     In training it takes lists of images (3, H, W) float 0..1 and of targets and gives a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, 100 at most for an image.
@@ -416,7 +417,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         parts = dict(rpn_anchor_generator=AnchorGenerator([(s,) for s in sizes], [ratios] * 5),
                      rpn_post_nms_top_n_train=min(1000, 4 * rois),
                      box_roi_pool=MultiScaleRoIAlign(["0", "1", "2", "3"], 7, sampling_ratio=0))
-        if box_head == "4conv1fc" or box_head is None and convolutions:
+        if box_head or convolutions:
             parts["box_head"] = FastRCNNConvFCHead(inputs, [fpn_channels] * 4, [width],
                                                    norm_layer=nn.BatchNorm2d)
     model = FasterRCNN(backbone, box_predictor=FastRCNNPredictor(width, num_classes + 1),
@@ -434,7 +435,8 @@ def load_part(module, name, rest, path):
     """Load the tensors of ``rest``, by name, that are the detector's part ``name`` under any
     prefix, if there are any.  rest: what load_backbone left of the file ``path``.  InputError: the
     part is another one."""
-    prefix = next((k[:k.index(name)] + name for k in rest if name in k), None)
+    prefixes = dict.fromkeys(k[:k.index(name)] + name for k in rest if name in k)
+    prefix = min(prefixes, key=lambda p: bool(AVERAGED.search(p)), default=None)  # as the ResNet
     found = {k[len(prefix):]: v for k, v in rest.items() if k.startswith(prefix or name)}
     if found:
         try:

@@ -32,6 +32,7 @@ Where this differs from the papers, or they are silent
       A level's features are divided by their mean length: its scale is no merit, and the lr then
       means the same for all.
     - Scenes are resized whole, without the usual crop: a shape at the border counts.
+    - On GPUs the backbone runs in bfloat16.
 """
 import argparse
 import json

@@ -28,7 +28,7 @@ a backbone as it is initialised; what each figure shows of it is what the archit
 
 Where this differs from the papers, or they are silent
     - Images are resized to squares, not cropped: an object at the border counts too.  Of a Swin
-      Transformer, whose Res5 ends in a layer norm, the mean over channels shows nothing.
+      Transformer, whose Res5 ends in a layer norm, its channels' mean shows that norm's weights.
     - Batch norm uses its running statistics; those of random weights are 0 and 1.
     - Fig. 9 names exp(q k / tau), but its values lie in 1..e: tau is 1 here.  Of DetCo's
       checkpoint.pt the embeddings of its heads at Res5 are compared, of any other file the pooled
@@ -122,6 +122,8 @@ def parse_args(argv=None):
 def pictures(args):
     """Generate --images of the data set, drawn by --seed: (image (3, H, W) uint8, annotations), a
     dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,); None for a folder without."""
+    if args.split and not args.dataset:
+        raise InputError("--split needs --dataset voc or coco")
     if args.data is None and args.dataset:
         raise InputError(f"--dataset {args.dataset} needs --data, a folder")
     if args.data is None:
@@ -545,7 +547,10 @@ def detections(args, device):
         recipe.arch, recipe.mean, recipe.std = args.arch[0], args.mean, args.std
     if args.data is not None:
         recipe.data, recipe.dataset = args.data, args.dataset or recipe.dataset
-        recipe.test_split = args.split or RECIPES[recipe.dataset].get("test_split")
+        if args.dataset:  # else of the checkpoint's layout, and its split
+            recipe.test_split = RECIPES[args.dataset].get("test_split")
+    if args.split:
+        recipe.test_split = args.split
     if (recipe.dataset == "scenes") != (recipe.data is None):
         raise InputError("detections of --data need --dataset voc or coco, and these need --data")
     data = (LabelledScenes(1000, seed=2) if recipe.dataset == "scenes" else

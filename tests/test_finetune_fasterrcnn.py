@@ -803,6 +803,13 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
     assert model.eval()([torch.rand(3, 64, 64)])[0]["boxes"].shape[1] == 4
 
+    both = {f"{copy}.{k}": v + torch.tensor(copy == "ema_model", dtype=v.dtype)  # the average first
+            for copy in ("ema_model", "model") for k, v in parts.items()}
+    common.save_checkpoint(path, **both)
+    model = ft.build_detector("resnet18", 3, **SMALL, weights=path)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
+    common.save_checkpoint(path, **parts)
+
     assert "fpn" not in "".join(ft.build_detector("resnet18", 3, "c4", **SMALL,
                                                   weights=path).state_dict())  # the ResNet alone
     with pytest.raises(InputError, match=r"backbone.fpn.\*: .*size mismatch") as caught:

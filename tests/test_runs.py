@@ -192,7 +192,7 @@ def test_finetune_refuses(tmp_path):
                            ("--dataset voc --data x --eval-only x.pt", "no such file: x.pt"),
                            ("--weights x.pt", "no such file: x.pt"),
                            ("--rois 0", "--rois 0 is not"),
-                           ("--detector c4 --box-head 2fc", "--box-head is of the fpn"),
+                           ("--detector c4 --box-head 4conv1fc", "--box-head is of the fpn"),
                            ("--batch-size 401", "batch size 401 is more than all 400"),
                            ("--min-size 0 96", "--min-size [0, 96] is not"),
                            (f"--weights {tmp_path}", "no such file")):
@@ -229,7 +229,7 @@ def test_the_same_command_again_and_another_one(tmp_path, capsys):
     with open(tmp_path / "log.csv") as file:
         assert len(file.readlines()) == 3  # a header, and the end of two epochs
     with open(tmp_path / "log.csv", "a") as file:
-        file.write("7,0.5,\0")  # a power cut
+        file.write("1" + 99 * "," + "\n7,0.5,\0")  # a damaged line, and a power cut
     moco_v2.main([str(w) for w in [*words, "--tau", 0.3]])
     with open(tmp_path / "log.csv") as file:
         assert len(file.readlines()) == 3

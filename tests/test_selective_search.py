@@ -420,7 +420,7 @@ def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         ss.main(["--data", str(photos), "--out", str(tmp_path / "p.npz"), "--workers", "0"])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "stopped; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped; give the same command again\n"
     with pytest.raises(InputError, match="holds 4 of 120 images"):
         ss.read_proposals(tmp_path / "p.npz")
 

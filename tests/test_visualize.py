@@ -383,6 +383,15 @@ def test_detections_of_a_fine_tuned_detector(files, tmp_path, monkeypatch):
                   "--data", files / "voc", "--arch", "resnet18")
     assert [row["annotated"] for row in rows] == ["1", "1"]
 
+    fine_tune(["--dataset", "voc", "--data", str(files / "voc"), "--train-split", "test",
+               "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size", "64",
+               "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
+               "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "voc")])
+    tuned = ["detections", "--rows", 2, "--weights", tmp_path / "voc" / "checkpoint.pt"]
+    assert len(figure(files, tmp_path, *tuned, "--data", files / "voc")) == 2  # its own split
+    with pytest.raises(SystemExit, match="other.txt"):
+        figure(files, tmp_path, *tuned, "--split", "other")
+
 
 def test_curves_of_runs(files, tmp_path):
     for name, text in (("a", "step,epoch,loss,lr\n1,0.5,3,1\n2,1.0,2,0.5\n"),
@@ -412,6 +421,7 @@ def test_bad_input_is_one_line(files, tmp_path):
             (["attention", "--weights", "none", "--labels", "a", "b"], "2 --labels for 1"),
             (["attention", "--arch", "resnet18", "resnet34"], "2 --arch for 1 --weights"),
             (["attention", "--data", "nowhere"], "no such folder: nowhere"),
+            (["attention", "--split", "test"], "--split needs --dataset"),
             (["attention", "--size", "8"], "--size 8 is not from 32"),
             (["attention", "--rows", "0"], "--rows 0 is not from 1"),
             (["attention", "--out", "x.docx"], "no picture's ending"),
