@@ -680,7 +680,8 @@ def launch(train, args):
     """Run ``train(args, device)`` as a command: join the processes, leave them at the end, and
     answer bad input with one line and exit status 1."""
     local = int(os.environ.get("LOCAL_RANK", 0))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    numbers = signal.SIGCHLD, signal.SIGINT, signal.SIGTERM  # the first: torch's handler raises too
+    before = {number: signal.getsignal(number) for number in numbers}
     try:
         try:
             train(args, setup())
