@@ -384,8 +384,8 @@ def test_detections_of_a_fine_tuned_detector(files, tmp_path, monkeypatch):
     assert [row["annotated"] for row in rows] == ["1", "1"]
 
     fine_tune(["--dataset", "voc", "--data", str(files / "voc"), "--train-split", "test",
-               "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size", "64",
-               "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
+               "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size",
+               "64", "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
                "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "voc")])
     tuned = ["detections", "--rows", 2, "--weights", tmp_path / "voc" / "checkpoint.pt"]
     assert len(figure(files, tmp_path, *tuned, "--data", files / "voc")) == 2  # its own split
