@@ -89,7 +89,10 @@ def test_killed_twice_ends_bit_identical(tmp_path, script, workers, processes):
             "args.json", "checkpoint.pt", "curves.png", "lock", "log.csv", "backbone.pt",
             "correlation.png"}
     text = (tmp_path / "log").read_text()
-    assert "Traceback" not in text and text.count("going on after step") == 2
+    assert text.count("going on after step") == 2
+    if workers:  # those of a killed run may lose it while they hand over a batch, and say so
+        text = text.rpartition("going on after step")[2]
+    assert "Traceback" not in text
     assert text.count("another process has ended") == processes - 1
     assert not half.exists()
 
