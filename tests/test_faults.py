@@ -90,9 +90,10 @@ def test_killed_twice_ends_bit_identical(tmp_path, script, workers, processes):
             "correlation.png"}
     text = (tmp_path / "log").read_text()
     assert text.count("going on after step") == 2
-    if workers:  # those of a killed run may lose it while they hand over a batch, and say so
-        text = text.rpartition("going on after step")[2]
-    assert "Traceback" not in text
+    # but for that of a loading process from which the killed one was just taking a batch
+    handing = (r'Traceback .*\n  File "\S+/resource_sharer.py", .* in _serve\n'
+               r"(?:  .*\n)+(?:EOF|Connection|BrokenPipe)\w*Error.*")
+    assert "Traceback" not in re.sub(handing, "", text)
     assert text.count("another process has ended") == processes - 1
     assert not half.exists()
 
