@@ -1,9 +1,9 @@
 """Barlow Twins: Self-Supervised Learning via Redundancy Reduction (Zbontar et al., ICML 2021,
 arXiv 2103.03230).
 
-Two crops of one image go through one network.  Over a batch, each dimension of the one embedding
-shall be correlated with the same dimension of the other, and with no other dimension: so the two
-embeddings agree, and still hold D different things.
+Two crops of one image go through one network.  Over a batch, each dimension of the one embedding is
+to be correlated with the same dimension of the other, and with no other dimension: so the two
+embeddings agree, and still hold D different features.
 
 Read first: moco_v2.py.  What falls away: the queue, the momentum encoder, the temperature.
 
@@ -11,7 +11,7 @@ Symbols
     paper      code            shape
     Y^A, Y^B   view1, view2    (B, 3, H, W)    two views of the same images
     f          embed                           ResNet (or Swin), average pool, three linear layers
-    Z^A, Z^B   z1, z2          (N, D)          embeddings, N = B a process
+    Z^A, Z^B   z1, z2          (N, D)          embeddings, N = B per process
     C          c               (D, D)          cross-correlation over the batch of all processes
     lambda     lambd                           weight of the redundancy
 
@@ -19,7 +19,7 @@ Equations
     (1)  L = sum_i (1 - C_ii)^2 + lambda sum_i sum_{j!=i} C_ij^2                barlow_twins_loss
     (2)  C_ij = sum_b z^A_bi z^B_bj / (|z^A_.i| |z^B_.j|), each centred         cross_correlation
     Algorithm 1                                                                 BarlowTwins.forward
-    warm-up and cosine of the learning rates (section 2.2)                      schedule
+    warm-up and cosine of the learning rates (Section 2.2)                 common.cosine_schedule
 
 Commands
     python barlow_twins.py                                       built-in scenes, minutes on a CPU
@@ -29,86 +29,37 @@ Commands
     torchrun --nproc_per_node=8 barlow_twins.py --data DIR --arch swin_t --out runs/barlow_swin
     python finetune_fasterrcnn.py --weights runs/barlow_twins/backbone.pt --optimizer adam
 
-Where this differs from the paper, or it is silent
-    - A projector 2048 wide (the paper's: 8192), crops of at least 40% of the image (8%) and 150
-      epochs (1000) are those of a report by Rajamohan, Liu and Wang, who pre-trained for detection
-      with half a million images.
-    - The learning rate of weights follows the batch size: LEARNING_RATES, which the authors gave
-      for 300 epochs (github.com/facebookresearch/barlowtwins/issues/7), interpolated on
-      the logarithm of the batch size, below 128 as for 128 (the authors guess 1.0 for 64).
-      That of biases stays 0.0048; in those runs it was 0.024 of the weights' (0.0096 for 256).
-    - lambda (the paper's: 0.005), weight decay (1.5e-6), blur and solarize, and the 1e-5 in each
-      deviation, sqrt(variance + 1e-5), are the authors' code's.
-    - Gradients are those of one process with the whole batch.  The authors' are smaller by the
-      number of processes, which LARS undoes, but not for biases and batch norm.
-    - The last batch norm of a residual block starts at one, the authors' at zero.
-    - Batch norm is synchronised over processes on GPUs; on CPUs each process has its own.  bfloat16
-      on GPUs; the loss is float32 (its matrix product TF32).
+"The report" is Rajamohan, Liu and Wang, who pre-trained for detection on half a million images.
 """
-import argparse
-import math
 from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.ops import MLP
 
-from common import (IMAGENET_MEAN, IMAGENET_STD, LARS, InputError, Run, add_run_arguments,
-                    all_gather, backbone_stages, check, draw_correlation, export_backbone, launch,
-                    load_batches, measure_normalisation, mixed_precision, photometric,
-                    random_resized_crop, rank, seed_for, steps_per_epoch, summed, unlabelled,
-                    world_size)
+from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
+                    cosine_schedule, world_size)
+from plumbing.images import (IMAGENET_MEAN, IMAGENET_STD, augment_colour, measure_normalisation,
+                             open_images, two_views)
+from plumbing.run import (Parser, Run, add_run_arguments, distribute, launch, mixed_precision, real,
+                          whole)
 
-LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}  # of a batch size
-
-
-def parse_args(argv=None):
-    """The report's recipe by default; without --data, a small one for the built-in scenes."""
-    parser = argparse.ArgumentParser(description="Pre-train a backbone with Barlow Twins.")
-    add = parser.add_argument_group("recipe (section of the paper)").add_argument
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
-    add("--arch", default="resnet50", help="torchvision's name of a ResNet or Swin Transformer")
-    add("--epochs", type=int, default=150, help="passes over the images (the report, 2)")
-    add("--batch-size", type=int, default=2048, help="of all processes together (2.2)")
-    add("--lr", type=float, help="of weights, for each 256 images (2.2; default: by batch size, 0.2"
-        " for 2048 to 0.7 for 128)")
-    add("--lr-biases", type=float, default=0.0048, help="of biases and batch norm, likewise (2.2)")
-    add("--weight-decay", type=float, default=1e-6, help="of weights (the authors' code)")
-    add("--warmup", type=int, default=10, help="epochs of linear growth of the lr (2.2)")
-    add("--image-size", type=int, default=224, help="side of a view in pixels (2.2)")
-    add("--crop-scale", type=float, default=0.4, help="least share of the image in a view (the "
-        "report, 2)")
-    add("--p-blur", type=float, nargs=2, default=[1.0, 0.1], metavar="P", help="each view's")
-    add("--mean", type=float, nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, green "
-        "and blue, in 0..1 (default: ImageNet's)")
-    add("--std", type=float, nargs=3, default=[*IMAGENET_STD], metavar="S", help="their deviations")
-    add("--dim", type=int, default=2048, help="D, and the hidden layers' width (the report, 2)")
-    add("--lambd", type=float, default=0.0051, help="lambda (the authors' code)")
-    add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
-    add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
-    add_run_arguments(parser, out="runs/barlow_twins")
-    if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=64, epochs=5, batch_size=128, lr=4.0,
-                            warmup=1, p_blur=[0.0, 0.0], dim=128, lambd=0.1)
-    return parser.parse_args(argv)
-
-
-def two_views(image, size, scale):
-    """Two independent crops of one image (3, H, W)."""
-    return random_resized_crop(image, size, scale), random_resized_crop(image, size, scale)
+# Differs: the learning rate of weights follows the batch size, as the authors advise for 300 epochs
+# (github.com/facebookresearch/barlowtwins/issues/7); batch size -> rate per 256 images
+LEARNING_RATES = {128: 0.7, 256: 0.4, 512: 0.3, 1024: 0.25, 2048: 0.2, 4096: 0.2}
 
 
 def cross_correlation(z1, z2):
     """Eq. (2), over the rows of all processes: z1, z2 (N, D) of this one -> (D, D) float32."""
-    number = len(z1) * world_size()
+    rows = len(z1) * world_size()
     z = torch.stack([z1, z2])  # (2, N, D)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(z.device.type, enabled=False):
-        z = z - summed(z.sum(1, keepdim=True)) / number
-        z = z / (summed((z ** 2).sum(1, keepdim=True)) / number + 1e-5).sqrt()
-        return summed(z[0].T @ z[1]) / number
+        z = z - all_reduce_sum(z.sum(1, keepdim=True)) / rows
+        # Paper silent: 1e-5 is added to the variance, as by the batch norm of the authors' code
+        z = z / (all_reduce_sum((z ** 2).sum(1, keepdim=True)) / rows + 1e-5).sqrt()
+        return all_reduce_sum(z[0].T @ z[1]) / rows
 
 
 def barlow_twins_loss(z1, z2, lambd=0.0051):
@@ -130,102 +81,122 @@ class BarlowTwins(nn.Module):
 
     def __init__(self, arch="resnet50", dim=2048, lambd=0.0051):
         super().__init__()
+        # Differs: the last batch norm of a residual block starts at one; the authors' at zero
         self.stages, self.lambd = backbone_stages(arch), lambd
+        # Differs: 2048 wide, as in the report; the paper's is 8192 wide
         self.projector = MLP(self.stages.channels[-1], [dim] * 3, norm_layer=nn.BatchNorm1d,
                              bias=False)  # batch norm and ReLU between
 
     def embed(self, images):
         """(B, 3, H, W) -> (B, D)."""
-        last = self.stages(images)[-1]  # (B, C, H/32, W/32)
-        return self.projector(last.mean((2, 3)))
+        res5 = self.stages(images)[-1]  # (B, C, H/32, W/32)
+        return self.projector(res5.mean((2, 3)))
 
     def forward(self, view1, view2):
-        """Two views (B, 3, H, W) -> loss, what to log: besides its sums the deviations of this
-        process's embeddings, their mean over the dimensions of each view, and the least one."""
+        """Two views (B, 3, H, W) -> loss, what to log: besides its sums, the dimensions' standard
+        deviations over this process's embeddings: each view's mean, and the least of all."""
         z1, z2 = self.embed(view1), self.embed(view2)  # (B, D) each
         loss, parts = barlow_twins_loss(z1, z2, self.lambd)
-        spread = torch.stack([z1, z2]).detach().float().std(1, correction=0)  # (2, D)
-        return loss, dict(parts, deviation_1=spread[0].mean(), deviation_2=spread[1].mean(),
-                          deviation_least=spread.min())
-
-
-def schedule(step, steps, warmup):
-    """Factor of the learning rates: linear for ``warmup`` steps, then a cosine from 1 to 0.001."""
-    if step < warmup:
-        return (step + 1) / warmup
-    rest = (step - warmup) / max(1, steps - warmup)
-    return 0.001 + 0.999 * (1 + math.cos(math.pi * rest)) / 2
+        deviation = torch.stack([z1, z2]).detach().float().std(1, correction=0)  # (2, D)
+        return loss, dict(parts, deviation_1=deviation[0].mean(), deviation_2=deviation[1].mean(),
+                          deviation_least=deviation.min())
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; the run's folder holds everything that comes of it."""
-    inf = math.inf
-    check(args, epochs=(1, inf), batch_size=(1, inf), lr=(0, inf), lr_biases=(0, inf),
-          weight_decay=(0, inf), warmup=(0, inf), image_size=(8, inf), crop_scale=(1e-3, 1),
-          p_blur=(0, 1), mean=(0, 1), std=(1e-3, 1), dim=(1, inf), lambd=(0, inf),
-          scenes=(1, inf), workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    images = unlabelled(args.data, args.scenes)
+    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    images = open_images(args.data, args.scenes)
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
-    per_epoch = steps_per_epoch(images, args.batch_size)
     if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
-        raise InputError(f"batch size {args.batch_size}: batch norm needs two images a process")
-
+        raise InputError(f"batch size {args.batch_size}: batch norm needs two images per process")
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.dim, args.lambd)
-    model = model.to(device, memory_format=torch.channels_last)
-    if device.type == "cuda" and world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-    lr = args.lr
-    if lr is None:
-        lr = float(np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
-                             [*LEARNING_RATES.values()]))
-    rates = [rate * args.batch_size / 256 for rate in (lr, args.lr_biases)]
-    steps, parameters = args.epochs * per_epoch, [*model.parameters()]
-    groups = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim == 1]
-    optimizer = LARS([dict(params=group) for group in groups], rates[0],
-                     weight_decay=args.weight_decay)
-    run = Run(args, "barlow_twins", images, steps, per_epoch,
-              dict(model=model, optimizer=optimizer))
-    why = "for this batch size" if args.lr is None else "as asked"
-    run.say(f"lr {lr:.3g} for each 256 images, {why}: {rates[0]:.3g} with {args.batch_size}")
-
-    def batches(steps):
-        """(step, [view1, view2]) on the device, their colours drawn from (seed, step, rank)."""
-        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
-        loader = load_batches(images, cut, args.batch_size, steps, args.seed, args.workers)
-        for step, views in zip(steps, loader):
-            torch.manual_seed(seed_for(args.seed, step, rank()))
-            yield step, [
-                photometric(view.pixels.to(device, non_blocking=True), (0.4, 0.4, 0.2, 0.1),
-                            p_blur=p_blur, p_solarize=p_solarize, mean=args.mean, std=args.std)
-                for view, p_blur, p_solarize in zip(views, args.p_blur, (0.0, 0.2))]
-
+    # Differs: on CPUs batch norm is not synchronised; bfloat16 on GPUs, where the loss is float32
+    model, ddp = distribute(model, device, sync_batch_norm=True)
+    by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
+                              [*LEARNING_RATES.values()])  # constant below the least size
+    lr = float(by_batch_size) if args.lr is None else args.lr
+    weights = [p for p in model.parameters() if p.ndim > 1]
+    # Differs: the biases' rate stays 0.0048 at every batch size; where the authors advise another
+    # rate of weights, theirs is 0.024 of it (0.0096 for 256)
+    biases = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = LARS([dict(params=weights, lr=lr * args.batch_size / 256),
+                      dict(params=biases, lr=args.lr_biases * args.batch_size / 256)],
+                     lr=0.0, weight_decay=args.weight_decay)
+    run = Run(args, "barlow_twins", images, model=model, optimizer=optimizer)
+    origin = "for this batch size" if args.lr is None else "as asked"
+    run.say(f"lr {lr:.3g} per 256 images, {origin}: {lr * args.batch_size / 256:.3g} for "
+            f"{args.batch_size}")
     mixed = mixed_precision(args, device, args.image_size)
-    for step, views in batches(range(run.step, steps)):
-        factor = schedule(step, steps, args.warmup * per_epoch)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group["lr"] = factor * rate
+
+    def batches(steps=None):
+        """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
+        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
+        colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
+        for step, views in run.batches(images, cut, steps):
+            pixels1, pixels2 = (view.pixels.to(device, non_blocking=True) for view in views)
+            yield (step, augment_colour(pixels1, p_blur=args.p_blur[0], **colours),
+                   augment_colour(pixels2, p_blur=args.p_blur[1], p_solarize=0.2, **colours))
+
+    warmup = args.warmup * run.steps_per_epoch
+    for step, view1, view2 in batches():
+        # Paper silent: the cosine ends at 0.001 of the rate, as in the authors' code
+        factor = cosine_schedule(step, run.steps, warmup, end=0.001)
+        lr = run.scale_learning_rates(factor)
         with mixed:
-            loss, parts = ddp(*views)
+            loss, parts = ddp(view1, view2)
+        # Differs: on several processes the gradients are those of one process with the whole batch;
+        # the authors' are smaller by their number, which LARS undoes, but not for biases
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        run.end_step(loss, factor * rates[0], **parts)
+        run.end_step(loss, lr, **parts)
 
-    _, views = next(batches(range(steps, steps + 1)))  # of an epoch that is never trained on
+    # how the dimensions correlate in a batch of an epoch that is never trained on
+    _, view1, view2 = next(batches(range(run.steps, run.steps + 1)))
+    model.eval()
     with torch.no_grad(), mixed:
-        z1, z2 = (all_gather(model.eval().embed(view).float()) for view in views)
-    if rank() == 0:
-        draw_correlation(z1, z2, run.out / "correlation.png")
-        export_backbone(model.stages, run.out / "backbone.pt")
-    run.say(f"{run.out / 'backbone.pt'} is the pre-trained backbone, correlation.png shows C")
+        z1, z2 = (all_gather(model.embed(view).float()) for view in (view1, view2))
+    run.draw_correlation(z1, z2)
+    run.finish(model.stages, "the pre-trained backbone, correlation.png shows C")
+
+
+def parse_args(argv=None):
+    """The report's recipe by default; without --data, a small one for the built-in scenes."""
+    parser = Parser(description="Pre-train a backbone with Barlow Twins.")
+    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add = parser.add_argument_group("recipe (section of the paper)").add_argument
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet or Swin Transformer")
+    # Differs: 150 epochs and crops of at least 40%, as in the report; the paper's are 1000 and 8%
+    add("--epochs", type=whole(1), default=150, help="passes over the images (the report, Sec. 2)")
+    add("--batch-size", type=whole(1), default=2048, help="total over all processes (Sec. 2.2)")
+    add("--lr", type=real(0), help="of weights, per 256 images (Sec. 2.2; default: by batch size, "
+        "0.2 for 2048 to 0.7 for 128)")
+    add("--lr-biases", type=real(0), default=0.0048, help="of biases and batch norm, likewise")
+    # Differs: decay (paper: 1.5e-6), lambda (0.005), blur and solarize are as in the authors' code
+    add("--weight-decay", type=real(0), default=1e-6, help="of weights (the authors' code)")
+    add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr (Sec. 2.2)")
+    add("--image-size", type=whole(8), default=224, help="side of a view in pixels (Sec. 2.2)")
+    add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
+    add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P", help="of each view")
+    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
+        help="of red, green and blue, in 0..1 (default: ImageNet's)")
+    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
+        help="their standard deviations")
+    add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
+    add("--lambd", type=real(0), default=0.0051, help="lambda (the authors' code)")
+    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
+    add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
+    add_run_arguments(parser, out="runs/barlow_twins")
+    if parser.parse_known_args(argv)[0].data is None:
+        parser.set_defaults(arch="resnet18", image_size=64, epochs=5, batch_size=128, lr=4.0,
+                            warmup=1, p_blur=[0.0, 0.0], dim=128, lambd=0.1)
+    return parser.parse_args(argv)
 
 
 def main(argv=None):
     """The command."""
-    launch(train, parse_args(argv))
+    launch(train, parse_args, argv)
 
 
 if __name__ == "__main__":

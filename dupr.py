@@ -2,8 +2,8 @@
 TPAMI 2022, arXiv 2103.04814).
 
 Beside the contrast of whole images, at every stage of the backbone, one of places, at the last two:
-where two crops of an image overlap, a position of the feature map must be recognised as the same in
-the other crop's, among positions of other images.  Features so come to tell where things are.
+where two crops of an image overlap, each position of a feature map must be matched with the same
+place in the other crop, among positions of other images.  So features learn where things are.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the overlap of the two crops and its
 way through crop, flip and RoI Align, and the queues of patches.
@@ -12,7 +12,7 @@ Symbols
     paper      code                     shape
     I_1, I_2   view_q, view_k           (B, 3, H, W)    two views of the same images
     R_1, R_2   box_q, box_k             (B, 4)          their rectangles in the image's pixels
-    B          box                      (B, 4)          what the two have in common
+    B          box                      (B, 4)          the intersection of the two
     B_1, B_2   roi                      (B, 4)          the same in each view's pixels
     S          roi_size                 4               side of a level's grid of positions
     v, r       q_i, k_i                 (B, D), (B, S*S, D)   a level's images; its positions
@@ -24,43 +24,19 @@ Equations
     (1)  InfoNCE                                                  common.info_nce
     (2)  sum of alpha_m L_image + beta_m L_patch over levels      DUPR.forward
     (3), (4)  the rectangles and their intersection               intersect
-    T_1, T_2 (3.2.1)  from the image into a view                  into_view
+    T_1, T_2 (3.2.1)  from the image into a view                  common.box_into_view
     (5), (6)  RoI Align, 1 x 1 convolutions, unit length          align, Encoder.forward
-    (7), (8)  L_patch, over all positions that overlap; L_image   DUPR.forward
+    (7)  L_patch, over all positions that overlap                 patch_loss
+    (8)  L_image                                                  common.info_nce
     (9)  mean similarity of two regions, position by position     region_similarity
 
 Commands
     python dupr.py                                       built-in scenes, minutes on a CPU
-    torchrun dupr.py --data DIR                          one GPU, the recipe of the ablations
-    torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      eight, the main experiments'
+    torchrun --nproc_per_node=8 dupr.py --data DIR                     recipe of the ablations
+    torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      of the main experiments
     torchrun dupr.py --data DIR --beta 0 0 0 0                         Table VII (b), first row
     torchrun dupr.py --data DIR --alpha 0 0 0 0 --beta 0 0 0 1         Table VII (c), second row
-
-Weights of one encoder with ResNet-50, of which only the ResNet's are exported
-    ResNet              23,508,032
-    image heads          8,921,600      C_m -> 2048 -> 128 with C_m = 256, 512, 1024, 2048
-    patch heads          6,820,096      C_m -> 2048 -> 128 with C_m = 1024, 2048
-
-Where this differs from the paper, or the paper is silent
-    - S is 14 on conv4_x (Res4) and 7 on conv5_x (Res5): 3.2.3 says so once, once the reverse, and
-      4.5.3 why.  For Res2 and Res3, which have a loss in Table VII (b), none is printed: 14 here.
-    - Eq. (7) is printed as a sum over positions.  It is the mean here, over all positions of all
-      overlapping pairs of all processes, so that alpha and beta weigh losses of like size.
-    - Of a step's patch keys, 32 drawn from all valid positions of the global batch are pushed, so
-      that a patch queue is renewed in eight times as many steps as the images'.
-    - Settings are those of the ablations, with MoCo v2's views and tau 0.2.  --rand-augment adds
-      torchvision's RandAugment and sets tau to 0.15, but draws operations on colour alone: a
-      geometric one would move what R_1 and R_2 record.  It takes two at 0.3 of their range (9 of
-      30); in the public code of InfoMin, which 3.2.3 follows, both have the full range and p 0.5.
-    - RoI Align has the half-pixel shift (aligned=True).  On CUDA its gradients are summed in no
-      fixed order, so that a resumed run need not end where an uninterrupted one does, bit for bit.
-    - A head's hidden layer is as wide as Res5 (2048), at all levels.
-    - A level of weight 0 has no head and no queue, and a stage that only it would need is not
-      computed: backbone.pt then has it as it was initialised.
-    - As in moco_v2.py: batch norm sees groups of batch / 8 images on one process as on eight;
-      queues start full of real keys (at S = 1 not quite); cosine by step; bfloat16.
 """
-import argparse
 import copy
 import math
 from functools import partial
@@ -69,125 +45,82 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torchvision.ops import roi_align
+from torchvision.ops import MLP, roi_align
 from torchvision.transforms import RandAugment
 
-from common import (InputError, Queue, Run, SplitBatchNorm, add_run_arguments, all_gather,
-                    batch_norm_groups, check, check_queue, contrast_statistics, export_backbone,
-                    info_nce, launch, load_batches, mixed_precision, mlp, momentum_update,
-                    photometric, random_resized_crop, rank, resnet_stages, seed_for, shuffled,
-                    steps_per_epoch, unlabelled, world_size)
+from common import (InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups, box_into_view,
+                    contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
+                    momentum_update, rank, resnet_stages, world_size)
+from plumbing.images import augment_colour, open_images, two_views
+from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
+                          mixed_precision, real, whole)
 
-
-def parse_args(argv=None):
-    """The recipe of the paper's ablations by default; without --data, a small one for scenes."""
-    parser = argparse.ArgumentParser(description="Pre-train a ResNet with DUPR.")
-    add = parser.add_argument_group("recipe (section or table of DUPR)").add_argument
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
-    add("--arch", default="resnet50", help="torchvision's name of a ResNet")
-    add("--epochs", type=int, default=200, help="passes over the images (3.2.3)")
-    add("--batch-size", type=int, default=256, help="of all processes together (3.2.3)")
-    add("--lr", type=float, default=0.06, help="for each 256 images of the batch (3.2.3)")
-    add("--weight-decay", type=float, default=1e-4, help="of all parameters (MoCo 4)")
-    add("--alpha", type=float, nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
-        help="weights of the image losses of Res2..Res5 (3.2.3)")
-    add("--beta", type=float, nargs=4, default=[0.0, 0.0, 1.0, 1.0], metavar="W",
-        help="weights of the patch losses of Res2..Res5 (3.2.3)")
-    add("--roi-size", type=int, nargs=4, default=[14, 14, 14, 7], metavar="S",
-        help="positions along a side of the overlap, at Res2..Res5 (4.5.3)")
-    add("--patch-keys", type=int, default=32, help="pushed of a step, each level (3.2.3)")
-    add("--rand-augment", action="store_true", help="the main experiments' views and tau (3.2.3)")
-    add("--image-size", type=int, default=224, help="side of a view in pixels")
-    add("--crop-scale", type=float, default=0.2, help="least share of the image in a view")
-    add("--p-blur", type=float, default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
-    add("--dim", type=int, default=128, help="D")
-    add("--queue-size", type=int, default=65536, help="K, the number of negatives (3.2.3)")
-    add("--momentum", type=float, default=0.999, help="m, of the key encoder (MoCo 3.2)")
-    add("--tau", type=float, default=0.2, help="temperature (3.2.3)")
-    add("--bn-groups", type=int, default=8, help="parts of the batch that batch norm sees apart")
-    add("--random-queue", action="store_true", help="start with random vectors instead of keys")
-    add("--scenes", type=int, default=4000, help="number of built-in scenes without --data")
-    add_run_arguments(parser, out="runs/dupr")
-    given = parser.parse_known_args(argv)[0]
-    if given.rand_augment:
-        parser.set_defaults(tau=0.15)
-    if given.data is None:  # 4 minutes on two CPU cores
-        parser.set_defaults(arch="resnet18", image_size=64, roi_size=[4, 4, 4, 2], epochs=5,
-                            batch_size=64, queue_size=256, momentum=0.99, bn_groups=4,
-                            crop_scale=0.4, p_blur=0.0)
-    return parser.parse_args(argv)
+# ------------------------------------------------------------------------- views and their overlap
 
 
 class ColourAugment(RandAugment):
-    """RandAugment with those of its operations that leave every pixel in its place."""
+    """RandAugment with only those of its operations that leave every pixel in its place."""
 
+    # Differs: no geometric operations, which would move what R_1 and R_2 record.
+    # Paper silent: the strength.  This is torchvision's, 2 operations at 9 of 30; in InfoMin's
+    # code, which Sec. 3.2.3 follows, both have the full range and p 0.5.
     def _augmentation_space(self, *args):
         space = super()._augmentation_space(*args)
         return {name: range_ for name, range_ in space.items()
                 if not name.startswith(("Shear", "Translate", "Rotate"))}
 
 
-def two_views(image, args):
+def cut_views(image, args):
     """The query's and the key's view: two independent crops of one image (3, H, W)."""
-    drawn = [random_resized_crop(image, args.image_size, (args.crop_scale, 1.0)) for _ in "qk"]
     augment = ColourAugment() if args.rand_augment else nn.Identity()
-    return [view._replace(pixels=augment(view.pixels)) for view in drawn]
+    views = two_views(image, args.image_size, (args.crop_scale, 1.0))
+    return [view._replace(pixels=augment(view.pixels)) for view in views]
 
 
 def intersect(box_q, box_k):
     """Eq. (4): the rectangle (B, 4) that two crops of one image share, and whether it has any area
-    (B,) bool.  box_q, box_k: (B, 4), x1 y1 x2 y2 in the source image's pixels."""
+    (B,) bool.  box_q, box_k: (B, 4), x1 y1 x2 y2 in the source image's pixels (Eq. 3)."""
     top_left = torch.maximum(box_q[:, :2], box_k[:, :2])  # (B, 2)
     bottom_right = torch.minimum(box_q[:, 2:], box_k[:, 2:])  # (B, 2)
     return torch.cat([top_left, bottom_right], dim=1), (bottom_right > top_left).all(dim=1)
 
 
-def into_view(box, view_box, flipped, size):
-    """T of 3.2.1: rectangles of the source image in the pixels of the view that shows view_box.
-
-    box, view_box: (B, 4), x1 y1 x2 y2 in the source image's pixels; flipped: (B,) bool, left and
-    right of the view exchanged; size: side of the view, in pixels.  Returns (B, 4), x1 < x2.
-    """
-    corner, extent = view_box[:, :2], view_box[:, 2:] - view_box[:, :2]  # (B, 2) each
-    placed = (box.unflatten(1, (2, 2)) - corner[:, None]) / extent[:, None] * size  # (B, 2, 2)
-    x1, y1, x2, y2 = placed.flatten(1).unbind(1)
-    return torch.stack([torch.where(flipped, size - x2, x1), y1,
-                        torch.where(flipped, size - x1, x2), y2], dim=1)
-
-
 def overlap(view_q, view_k):
-    """What two batches of views share of their images: for each view the rectangle in its pixels
-    (B, 4) and its flip (B,), on its device; and which pairs share any, (B,) bool on the CPU.  Where
-    they share none, the whole view stands in for the rectangle."""
+    """Two batches of views -> for each view the shared rectangle in its pixels (B, 4) and its flip
+    (B,), on its device; and which pairs share any area, (B,) bool on the CPU.
+
+    Where they share none, the whole view takes the rectangle's place.
+    """
     box, valid = intersect(view_q.box, view_k.box)
-    where = []
+    places = []
     for view in (view_q, view_k):
         shared = torch.where(valid.unsqueeze(1), box, view.box)
-        roi = into_view(shared, view.box, view.flipped, view.pixels.shape[-1])
-        where.append((roi.to(view.pixels.device), view.flipped.to(view.pixels.device)))
-    return *where, valid
+        roi = box_into_view(shared, view.box, view.flipped, view.pixels.shape[-1])
+        places.append((roi.to(view.pixels.device), view.flipped.to(view.pixels.device)))
+    return *places, valid
 
 
 def align(features, roi, flipped, roi_size, size):
-    """RoI Align of one rectangle an image, left and right exchanged back where the view's are.
+    """RoI Align of one rectangle per image, mirrored back where the view is flipped.
+
     features: (B, C, h, w) of views of ``size`` pixels; roi: (B, 4) in these pixels.
-    Returns (B, C, S, S): a position is the same place of the source image in both views."""
-    number = torch.arange(len(roi), device=roi.device).unsqueeze(1)
-    regions = roi_align(features, torch.cat([number, roi], dim=1), roi_size,
+    Returns (B, C, S, S), in which a position is the same place of the source image in both views.
+    """
+    # Paper silent: aligned=True shifts by half a pixel.  On CUDA its gradients are summed in no
+    # fixed order, so a resumed run need not end bit for bit where an uninterrupted one does.
+    index = torch.arange(len(roi), device=roi.device).unsqueeze(1)
+    regions = roi_align(features, torch.cat([index, roi], dim=1), roi_size,
                         spatial_scale=features.shape[-1] / size, aligned=True)  # (B, C, S, S)
     return torch.where(flipped.view(-1, 1, 1, 1), regions.flip(3), regions)
 
 
-def region_similarity(q, k):
-    """Eq. (9): q, k (B, C, S, S) -> mean cosine similarity over the positions, (B,)."""
-    return F.cosine_similarity(q, k, dim=1).mean((1, 2))
+# ------------------------------------------------------------------------------- network and losses
 
 
-def patch_mlp(c_in, hidden, c_out):
-    """The pixel-wise head of 3.2.1: (B, c_in, S, S) -> (B, c_out, S, S)."""
+def patch_head(c_in, hidden, dim):
+    """The pixel-wise head of Sec. 3.2.1: (B, c_in, S, S) -> (B, dim, S, S)."""
     return nn.Sequential(nn.Conv2d(c_in, hidden, 1), nn.ReLU(inplace=True),
-                         nn.Conv2d(hidden, c_out, 1))
+                         nn.Conv2d(hidden, dim, 1))
 
 
 class Encoder(nn.Module):
@@ -198,137 +131,153 @@ class Encoder(nn.Module):
         self.image_levels, self.patch_levels, self.roi_size = image_levels, patch_levels, roi_size
         norm = partial(SplitBatchNorm, groups=bn_groups)
         self.stages = resnet_stages(arch, norm, depth=max(image_levels + patch_levels) + 1)
+        # Paper silent: the hidden layers of all heads are as wide as Res5 (2048 for ResNet-50)
         channels, hidden = self.stages.channels, self.stages.channels[-1]
-        self.image_heads = nn.ModuleList(mlp(channels[i], hidden, dim) for i in image_levels)
-        self.patch_heads = nn.ModuleList(patch_mlp(channels[i], hidden, dim) for i in patch_levels)
+        self.image_heads = nn.ModuleList(MLP(channels[i], [hidden, dim]) for i in image_levels)
+        self.patch_heads = nn.ModuleList(patch_head(channels[i], hidden, dim)
+                                         for i in patch_levels)
 
     def forward(self, images, roi, flipped):
         """Views (B, 3, H, H), the overlap in their pixels (B, 4), their flips (B,) -> a list: for
         each image level (B, D), then for each patch level (B, S*S, D); unit length."""
-        stages, embedded = self.stages(images), []
+        stages, embeddings = self.stages(images), []
         for i, head in zip(self.image_levels, self.image_heads):
             v = head(stages[i].mean((2, 3)))
-            embedded.append(F.normalize(v.float(), dim=1))  # (B, D)
+            embeddings.append(F.normalize(v.float(), dim=1))  # (B, D)
         for i, head in zip(self.patch_levels, self.patch_heads):
             r = head(align(stages[i], roi, flipped, self.roi_size[i], images.shape[-1]))
-            embedded.append(F.normalize(r.float(), dim=1).flatten(2).mT)  # (B, S*S, D)
-        return embedded
+            embeddings.append(F.normalize(r.float(), dim=1).flatten(2).mT)  # (B, S*S, D)
+        return embeddings
+
+
+def patch_loss(q, k, negatives, tau, scale):
+    """Eq. (7) of one level: InfoNCE of the positions q, k (N, D) of this process's valid pairs.
+
+    scale: this process's number of valid pairs, divided by the mean number over processes; DDP's
+    average of the losses is then the mean over the positions of all processes.
+    """
+    # Differs: a mean over positions, where Eq. (7) prints a sum, so that alpha and beta weigh
+    # losses of like size
+    return info_nce(q, k, negatives, tau) * scale
+
+
+def region_similarity(q, k):
+    """Eq. (9): q, k (B, C, S, S) -> mean cosine similarity over the positions, (B,)."""
+    return F.cosine_similarity(q, k, dim=1).mean((1, 2))
 
 
 class DUPR(nn.Module):
-    """Eq. (2).  ``bn_groups`` are those of one process, ``patch_keys`` of all together."""
+    """Eq. (2).  ``bn_groups``: batch norm's parts of one process's batch; ``patch_keys``: how many
+    all processes push per step.
 
+    A level of weight 0 has no head and no queue; a stage that only it would need is not computed
+    and stays as it was initialised.
+    """
+
+    # Differs: S is 14 on Res4 (conv4_x) and 7 on Res5 (conv5_x), as Sec. 4.5.3 explains; Sec. 3.2.3
+    # says so once, and once the reverse.  Paper silent: S on Res2 and Res3; 14 here.
     def __init__(self, arch="resnet50", dim=128, queue_size=65536, m=0.999, tau=0.2, bn_groups=8,
                  alpha=(0.1, 0.4, 0.7, 1.0), beta=(0.0, 0.0, 1.0, 1.0), roi_size=(14, 14, 14, 7),
                  patch_keys=32):
         super().__init__()
         self.m, self.tau, self.patch_keys = m, tau, patch_keys
-        levels = [[i for i, w in enumerate(weights) if w > 0] for weights in (alpha, beta)]
-        self.losses = [("image", i, alpha[i]) for i in levels[0]]
-        self.losses += [("patch", i, beta[i]) for i in levels[1]]
-        self.encoder_q = Encoder(arch, dim, bn_groups, *levels, roi_size)
+        image_levels = [i for i, weight in enumerate(alpha) if weight > 0]
+        patch_levels = [i for i, weight in enumerate(beta) if weight > 0]
+        self.losses = [("image", i, alpha[i]) for i in image_levels]
+        self.losses += [("patch", i, beta[i]) for i in patch_levels]
+        self.encoder_q = Encoder(arch, dim, bn_groups, image_levels, patch_levels, roi_size)
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in self.losses)
 
-    def chosen(self, k, valid, number):
-        """Of the keys k, (B, D) or (B, S*S, D) for each queue, those to push: all image keys, and
-        this process's share of ``number`` patch keys of all processes' pairs that are ``valid``."""
-        pairs, keys = valid.nonzero(), []
-        for each in k:
-            if each.dim() == 3:
-                positions = (pairs * each.shape[1] + torch.arange(each.shape[1])).flatten()
-                drawn = positions[torch.randperm(len(positions))[:number]]
+    def choose_keys(self, k, valid, patch_keys):
+        """The keys to push: of k, (B, D) or (B, S*S, D) for each queue, all image keys, and this
+        process's share of ``patch_keys`` drawn from the positions of all processes' valid pairs."""
+        # Paper silent: which patch keys are sampled.  Here any, out of the global batch
+        pairs, chosen = valid.nonzero(), []
+        for keys in k:
+            if keys.dim() == 3:
+                positions = (pairs * keys.shape[1] + torch.arange(keys.shape[1])).flatten()
+                drawn = positions[torch.randperm(len(positions))[:patch_keys]]
                 if world_size() > 1:
                     dist.broadcast(drawn, src=0)
                 share = len(drawn) // world_size()
                 mine = drawn[rank() * share:(rank() + 1) * share]
-                each = all_gather(each).flatten(0, 1)[mine.to(each.device)]
-            keys.append(each)
-        return keys
+                keys = all_gather(keys).flatten(0, 1)[mine.to(keys.device)]
+            chosen.append(keys)
+        return chosen
+
+    def encode_keys(self, view_k, place_k, valid, patch_keys):
+        """The keys of a batch to push into each of ``queues``, and all of them."""
+        k = encode_shuffled(self.encoder_k, view_k.pixels, *place_k)  # without gradient
+        return self.choose_keys(k, all_gather(valid), patch_keys), k
 
     def forward(self, view_q, view_k):
-        """Views, of which the pixels (B, 3, H, H) are normalised -> loss, the keys to push after
-        the update, what to log."""
-        where_q, where_k, valid = overlap(view_q, view_k)
-        q = self.encoder_q(view_q.pixels, *where_q)
-        k = shuffled(self.encoder_k, view_k.pixels, *where_k)  # without gradient
-        valid_of_all = all_gather(valid)
-        keys = self.chosen(k, valid_of_all, self.patch_keys)
-        # own means, so scaled, average over processes (as DDP does) to the mean over all pairs
-        share = float(valid.float().mean() / valid_of_all.float().mean().clamp(min=1e-9))
+        """Two batches of views, their pixels (B, 3, H, H) normalised -> loss, the keys to push
+        after the update, what to log."""
+        place_q, place_k, valid = overlap(view_q, view_k)
+        q = self.encoder_q(view_q.pixels, *place_q)
+        keys, k = self.encode_keys(view_k, place_k, valid, self.patch_keys)
+        # valid is on the CPU, so that reading it does not wait for the device; it may be all False
+        scale = float(valid.float().mean() / all_gather(valid).float().mean().clamp(min=1e-9))
         rows = valid.nonzero().flatten().to(view_q.pixels.device)
-        loss, parts, watched = 0, {}, {}
+        loss, parts, watched = 0, {}, {}  # watched: the deepest level of each kind
         for (kind, i, weight), q_i, k_i, queue in zip(self.losses, q, k, self.queues):
-            scale, stride = 1, 1
-            if kind == "patch":
+            if kind == "image":
+                term = info_nce(q_i, k_i, queue.keys, self.tau)  # Eq. (8)
+                watched[kind] = q_i, k_i, queue.keys
+            else:
                 q_i, k_i = q_i[rows].flatten(0, 1), k_i[rows].flatten(0, 1)  # (N, D)
-                scale, stride = share, self.encoder_q.roi_size[i] ** 2 + 1  # one of most images
-            term = info_nce(q_i, k_i, queue.keys, self.tau) * scale  # Eq. (8), Eq. (7)
+                term = patch_loss(q_i, k_i, queue.keys, self.tau, scale)  # Eq. (7)
+                stride = self.encoder_q.roi_size[i] ** 2 + 1  # about one position of each image
+                watched[kind] = q_i[::stride], k_i[::stride], queue.keys
             loss = loss + weight * term  # Eq. (2)
             parts[f"{kind}_res{i + 2}"] = term.detach()
-            watched[kind] = q_i[::stride], k_i[::stride], queue.keys
         chance = loss.new_full((), math.log(len(queue.keys) + 1))
-        for kind, last in watched.items():
+        for kind, deepest in watched.items():
             parts[f"{kind}_chance"] = chance
-            parts.update({f"{n}_{kind}": v for n, v in contrast_statistics(*last).items()})
-        whole = chance * sum(weight for _, _, weight in self.losses)
-        return loss, keys, dict(loss_chance=whole, **parts)
+            parts.update({f"{n}_{kind}": v for n, v in contrast_statistics(*deepest).items()})
+        weights = sum(weight for _, _, weight in self.losses)
+        return loss, keys, dict(loss_chance=chance * weights, **parts)
+
+
+# ---------------------------------------------------------------------------------------- training
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; the run's folder holds everything that comes of it."""
-    inf = math.inf
-    check(args, epochs=(1, inf), batch_size=(1, inf), lr=(0, inf), weight_decay=(0, inf),
-          alpha=(0, inf), beta=(0, inf), roi_size=(1, inf), patch_keys=(1, inf),
-          image_size=(8, inf), crop_scale=(1e-3, 1), p_blur=(0, 1), dim=(1, inf), tau=(1e-3, inf),
-          queue_size=(1, inf), momentum=(0, 1), bn_groups=(1, inf), scenes=(1, inf),
-          workers=(0, inf), seed=(0, inf), log_every=(1, inf))
-    if not any(args.alpha + args.beta):
-        raise InputError("--alpha, --beta: one weight must be more than 0")
+    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
     if args.patch_keys % world_size():
-        raise InputError(f"{args.patch_keys} patch keys for {world_size()} processes")
-    images = unlabelled(args.data, args.scenes)
-    groups = batch_norm_groups(args.bn_groups, args.batch_size)
-    per_epoch = steps_per_epoch(images, args.batch_size)
+        raise InputError(f"{args.patch_keys} patch keys do not divide over {world_size()} "
+                         "processes")
+    images = open_images(args.data, args.scenes)
     check_queue(args.queue_size, max(args.batch_size, args.patch_keys if any(args.beta) else 0),
                 args.momentum, len(images))
-
+    groups = batch_norm_groups(args.bn_groups, args.batch_size)  # as in moco_v2.py
     torch.manual_seed(args.seed)
     model = DUPR(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups, args.alpha,
                  args.beta, args.roi_size, args.patch_keys)
-    model = model.to(device, memory_format=torch.channels_last)
-    ddp = model if world_size() == 1 else DistributedDataParallel(model, broadcast_buffers=False)
-    base_lr, steps = args.lr * args.batch_size / 256, args.epochs * per_epoch
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), base_lr, momentum=0.9,
-                                weight_decay=args.weight_decay)
-    run = Run(args, "dupr", images, steps, per_epoch, dict(model=model, optimizer=optimizer))
+    model, ddp = distribute(model, device)
+    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
+                                momentum=0.9, weight_decay=args.weight_decay)
+    run = Run(args, "dupr", images, model=model, optimizer=optimizer)
+    mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
 
-    def batches(steps):
-        """(step, view_q, view_k), the pixels on the device, coloured from (seed, step, rank)."""
-        loader = load_batches(images, partial(two_views, args=args), args.batch_size, steps,
-                              args.seed, args.workers)
-        for step, views in zip(steps, loader):
-            torch.manual_seed(seed_for(args.seed, step, rank()))
-            yield step, *(view._replace(pixels=photometric(
+    def batches(steps=None):
+        """(step, view_q, view_k), their pixels on the device, of all steps still to do or of
+        ``steps``."""
+        cut = partial(cut_views, args=args)
+        for step, views in run.batches(images, cut, steps):
+            yield step, *(view._replace(pixels=augment_colour(
                 view.pixels.to(device, non_blocking=True), p_blur=args.p_blur)) for view in views)
 
-    mixed = mixed_precision(args, device, args.image_size)
-    if run.step == 0 and not args.random_queue:  # with views of epochs that are never trained on
-        run.say(f"filling the queues with {args.queue_size} keys each")
-        fill = range(steps, steps - (-args.queue_size // args.batch_size))
-        for _, view_q, view_k in batches(fill):
-            _, where_k, valid = overlap(view_q, view_k)
-            with mixed:
-                k = shuffled(model.encoder_k, view_k.pixels, *where_k)
-            keys = model.chosen(k, all_gather(valid), args.batch_size)
-            for queue, k in zip(model.queues, keys):
-                queue.push(k)
-            run.stop_if_asked()
-        run.start_clock()
+    def encode(view_q, view_k):
+        _, place_k, valid = overlap(view_q, view_k)
+        return model.encode_keys(view_k, place_k, valid, args.batch_size)[0]
 
-    for step, view_q, view_k in batches(range(run.step, steps)):
-        lr = base_lr * (1 + math.cos(math.pi * step / steps)) / 2
-        optimizer.param_groups[0]["lr"] = lr
+    if not args.random_queue:  # Differs: as in moco_v2.py
+        run.fill_queues(model.queues, batches, encode, mixed)
+
+    for step, view_q, view_k in batches():
+        lr = run.scale_learning_rates(cosine_schedule(step, run.steps))
         with mixed:
             loss, keys, parts = ddp(view_q, view_k)
         optimizer.zero_grad()
@@ -338,14 +287,57 @@ def train(args, device):
         for queue, k in zip(model.queues, keys):
             queue.push(k)
         run.end_step(loss, lr, **parts)
-    if rank() == 0:
-        export_backbone(model.encoder_q.stages, run.out / "backbone.pt")
-    run.say(f"{run.out / 'backbone.pt'} is the pre-trained ResNet")
+    run.finish(model.encoder_q.stages)
+
+
+def parse_args(argv=None):
+    """The recipe of the paper's ablations by default; without --data, a small one for scenes."""
+    parser = Parser(description="Pre-train a ResNet with DUPR.")
+    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add = parser.add_argument_group("recipe (section or table of DUPR)").add_argument
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet")
+    add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.2.3)")
+    add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.2.3)")
+    add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 3.2.3)")
+    add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
+    add("--alpha", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
+        help="weights of the image losses of Res2..Res5 (Sec. 3.2.3)")
+    add("--beta", type=real(0), nargs=4, default=[0.0, 0.0, 1.0, 1.0], metavar="W",
+        help="weights of the patch losses of Res2..Res5 (Sec. 3.2.3)")
+    add("--roi-size", type=whole(1), nargs=4, default=[14, 14, 14, 7], metavar="S",
+        help="positions along a side of the overlap, at Res2..Res5 (Sec. 4.5.3)")
+    add("--patch-keys", type=whole(1), default=32, help="pushed per step and level (Sec. 3.2.3)")
+    add("--rand-augment", action="store_true", help="views and tau of the main experiments")
+    add("--image-size", type=whole(8), default=224, help="side of a view in pixels")
+    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of an image in a view")
+    add("--p-blur", type=real(0, 1), default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
+    add("--dim", type=whole(1), default=128, help="D")
+    add("--queue-size", type=whole(1), default=65536, help="K, number of negatives (Sec. 3.2.3)")
+    add("--momentum", type=real(0, 1), default=0.999, help="m of encoder_k (MoCo, Sec. 3.2)")
+    add("--tau", type=real(1e-3), default=0.2,
+        help="temperature (default 0.2; with --rand-augment 0.15; Sec. 3.2.3)")
+    add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
+    add("--random-queue", action="store_true", help="start with random vectors instead of keys")
+    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
+    add_run_arguments(parser, out="runs/dupr")
+    known = parser.parse_known_args(argv)[0]
+    # Differs: views and tau are those of the ablations, unless --rand-augment asks for the main
+    # experiments'
+    if known.rand_augment:
+        parser.set_defaults(tau=0.15)
+    if known.data is None:  # 4 minutes on two CPU cores
+        parser.set_defaults(arch="resnet18", image_size=64, roi_size=[4, 4, 4, 2], epochs=5,
+                            batch_size=64, queue_size=256, momentum=0.99, bn_groups=4,
+                            crop_scale=0.4, p_blur=0.0)
+    args = parser.parse_args(argv)
+    if not any(args.alpha + args.beta):
+        parser.error("--alpha, --beta: one weight must be more than 0")
+    return args
 
 
 def main(argv=None):
     """The command."""
-    launch(train, parse_args(argv))
+    launch(train, parse_args, argv)
 
 
 if __name__ == "__main__":

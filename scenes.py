@@ -104,7 +104,7 @@ class Scenes(torch.utils.data.Dataset):
         return self.labelled(i)[0]
 
     def numbered(self, i):
-        """As ``common.ImageFiles.numbered``: nothing stands in for a scene."""
+        """As ``plumbing.images.ImageFiles.numbered``, but no other image takes a scene's place."""
         return i, self[i]
 
     def labelled(self, i):
@@ -115,8 +115,7 @@ class Scenes(torch.utils.data.Dataset):
             return draw(self.size, self.seed, i)
         if not self.objects[i].any():
             self.images[i], boxes, labels = draw(self.size, self.seed, i)
-            objects = torch.cat([boxes, labels[:, None]], dim=1)
-            self.objects[i] = F.pad(objects, (0, 0, 0, 5 - len(labels)))  # last: now it is drawn
+            self.objects[i, :len(labels)] = torch.column_stack([boxes, labels])  # last: it is drawn
         objects = self.objects[i][self.objects[i, :, 2] > 0]
         return self.images[i].clone(), objects[:, :4], objects[:, 4].long()
 

@@ -1,186 +1,86 @@
 """Look inside: the papers' figures, of one or more pre-trained backbones side by side.
 
-Read first: the method whose figure it is.
+    attention, retrieval, similarity    DetCo, Fig. 5 to 7 and 9
+    iou-similarity, correspondence      DUPR, Fig. 6 and 7
+    features, detections                the report, Fig. 2a and 1
+    views, curves                       what each method feeds its network; log.csv of several runs
 
-Figures
-    attention       DetCo Fig. 5, 6    where Res5 is active                        attention_map
-    retrieval       DetCo Fig. 7       nearest neighbours by pooled Res5           neighbours
-    similarity      DetCo Fig. 9       exp(cosine) of positive and negative pairs  pair_similarity
-    iou-similarity  DUPR Fig. 6        does a box look different as it moves?      boxes_of_iou
-    correspondence  DUPR Fig. 7        where is this place in the other view?      correspond
-    features        the report's 2a    mean activation of each level
-    detections      the report's 1     annotations beside detections
-    views                              what each method feeds its network
-    curves                             log.csv of several runs
-
-Commands
     python visualize.py attention --weights none runs/moco_v2/backbone.pt runs/detco/backbone.pt
     python visualize.py similarity --weights none runs/detco/checkpoint.pt
-    python visualize.py features --weights runs/moco_v2/backbone.pt runs/soco/detector.pt
-    python visualize.py detections --weights none runs/finetune/checkpoint.pt
-    python visualize.py curves --weights runs/moco_v2 runs/detco
-    python visualize.py views
-    python visualize.py retrieval --data DIR --weights runs/detco/backbone.pt --images 5000
-    python visualize.py iou-similarity --dataset voc --data DIR --weights FILE --csv iou.csv
 
-Without --data it draws built-in scenes, others than pre-training sees.  `none` among the weights is
-a backbone as it is initialised; what each figure shows of it is what the architecture alone does.
-
-Where this differs from the papers, or they are silent
-    - Images are resized to squares, not cropped: an object at the border counts too.  Of a Swin
-      Transformer, whose Res5 ends in a layer norm, its channels' mean shows that norm's weights.
-    - Batch norm uses its running statistics; those of random weights are 0 and 1.
-    - Fig. 9 names exp(q k / tau), but its values lie in 1..e: tau is 1 here.  Of DetCo's
-      checkpoint.pt the embeddings of its heads at Res5 are compared, of any other file the pooled
-      features, a local view's being the mean of its nine patches'.  All see views of one recipe,
-      that of the first DetCo checkpoint.
-    - Fig. 6: a box's path from the annotated one to a random one leads to each IoU; positions 14 x
-      14, as in pre-training.  A band is one standard deviation over boxes.
-    - Fig. 7 counts here: of the positions that the other view shows, the share whose best match is
-      at most one cell off, across and down.
+`none` is a backbone with random weights: what a figure shows of it comes from the architecture
+alone.  Batch norm uses its running statistics.
 """
 import argparse
 import csv
+import importlib
+import math
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
 from torchvision.transforms.v2.functional import normalize, resize
 from torchvision.utils import make_grid
 
-import barlow_twins
-import detco
-import dupr
-import moco_v2
-import selective_search
-import soco
-import vicreg
-from common import (IMAGENET_MEAN, IMAGENET_STD, ImageFiles, InputError, backbone_stages, check,
-                    launch, load_backbone, load_checkpoint, photometric, random_resized_crop)
-from finetune_fasterrcnn import (RECIPES, Annotated, LabelledScenes, Pyramid, detect, detector,
-                                 draw_detections, fine_tuned, load_part, restore)
-from finetune_fasterrcnn import parse_args as parse_fine_tune
+from common import InputError, box_into_view
+from detection.data import TEST_SPLITS, Annotated, LabelledScenes
+from detection.models import (Pyramid, detect, detector_from_args, draw_detections,
+                              load_fine_tuned, load_part, restore)
+from plumbing.figures import (draw_curves, image_grid, mark_places, outline, read_log,
+                              shared_columns, show)
+from plumbing.images import ImageFolder, augment_colour, two_views
+from plumbing.run import Parser, add_backbone_arguments, launch, whole
+from plumbing.weights import LEVELS, load_backbones, load_checkpoint, name_weights
+from selective_search import propose
 
-METHODS = dict(moco_v2=moco_v2, detco=detco, dupr=dupr, soco=soco, barlow_twins=barlow_twins,
-               vicreg=vicreg)
-PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000"]
-LEVELS = ["res2", "res3", "res4", "res5"]
-DEFAULTS = {  # level, size in pixels, of scenes, images that are measured, how many are drawn
-    "attention": ("res5", 448, 192, 1000, 4), "retrieval": ("res5", 224, 96, 1000, 3),
-    "similarity": ("res5", 224, 96, 3200, 1), "iou-similarity": ("res4", 448, 192, 200, 1),
-    "correspondence": ("res4", 448, 192, 50, 2), "features": ("res5", 448, 192, 1000, 1),
-    "detections": ("res5", 448, 192, 1000, 6), "views": ("res5", 224, 96, 1000, 1),
-    "curves": ("res5", 224, 96, 1, 1)}
-
-
-def parse_args(argv=None):
-    """The paper's settings of the figure by default; smaller images without --data."""
-    parser = argparse.ArgumentParser(description="Draw what pre-trained backbones have learnt.")
-    add = parser.add_argument
-    add("figure", choices=[*DEFAULTS], help="which one")
-    add("--weights", nargs="+", default=["none"], metavar="FILE", help="backbones, or none; for "
-        "detections fine-tuned checkpoints, for curves folders of runs")
-    add("--labels", nargs="+", help="their names in the figure (default: their folders')")
-    add("--arch", nargs="+", help="torchvision's name of a ResNet or Swin Transformer, of each or "
-        "of all (default: resnet50; without --data resnet18)")
-    add("--data", help="folder of images, any layout (default: built-in scenes)")
-    add("--dataset", choices=["voc", "coco"], help="layout of a --data that has annotations")
-    add("--split", nargs="+", help="of it, as finetune_fasterrcnn.py names them (default: its "
-        "test split)")
-    add("--images", type=int, help="how many are measured, drawn by --seed")
-    add("--rows", type=int, help="how many of them are drawn")
-    add("--size", type=int, help="side in pixels that images are resized to (similarity and "
-        "views: the methods' own)")
-    add("--level", choices=LEVELS, help="of the backbone (default: the paper's)")
-    add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
-    add("--mean", type=float, nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, green "
-        "and blue, in 0..1, as in the pre-training (default: ImageNet's)")
-    add("--std", type=float, nargs=3, default=[*IMAGENET_STD], metavar="S", help="their deviations")
-    add("--seed", type=int, default=0, help="of random weights, images and views")
-    add("--out", help="picture to write (default: runs/FIGURE.png)")
-    add("--csv", metavar="FILE", help="keep the numbers too")
-    known = parser.parse_known_args(argv)[0]
-    level, size, scene_size, images, rows = DEFAULTS[known.figure]
-    parser.set_defaults(level=level, images=images, rows=rows, out=f"runs/{known.figure}.png",
-                        size=size if known.data else scene_size,
-                        arch=["resnet50" if known.data else "resnet18"])
-    return parser.parse_args(argv)
-
-
-# ------------------------------------------------------------------------------- images, backbones
+METHODS = {  # module: the method's name in its paper, and what its network has to do
+    "moco_v2": ("MoCo v2", "1 must match 2 among other images"),
+    "detco": ("DetCo", "as MoCo v2, at four stages; nine patches of 3 must match those of 4 and 2"),
+    "dupr": ("DUPR", "as MoCo v2, at four stages; each place (colour) in 1 must match that in 2"),
+    "soco": ("SoCo", "each box (colour) must have one embedding in all views; no other images"),
+    "barlow_twins": ("Barlow Twins", "dimensions must agree in 1 and 2, but not with each other"),
+    "vicreg": ("VICReg", "1 and 2 must have the same embedding, of varied, unrelated dimensions")}
 
 
 def pictures(args):
-    """Generate --images of the data set, drawn by --seed: (image (3, H, W) uint8, annotations), a
+    """Generate --images of the data set, drawn by --seed: image (3, H, W) uint8, annotations: a
     dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,); None for a folder without."""
-    if args.split and not args.dataset:
-        raise InputError("--split needs --dataset voc or coco")
-    if args.data is None and args.dataset:
-        raise InputError(f"--dataset {args.dataset} needs --data, a folder")
     if args.data is None:
-        data = LabelledScenes(max(1000, args.images), seed=2)
-    elif args.dataset:
-        split = args.split or RECIPES[args.dataset]["test_split"]
-        data = Annotated(args.dataset, args.data, split)
+        data = LabelledScenes(max(1000, args.images), seed=2)  # that pre-training has not seen
+    elif args.dataset is None:
+        data = ImageFolder(args.data)
     else:
-        data = ImageFiles(args.data)
+        splits = args.split or TEST_SPLITS[args.dataset]
+        data = Annotated(args.dataset, args.data, splits, args.classes)
     for i in np.random.default_rng(args.seed).permutation(len(data))[:args.images].tolist():
-        if not isinstance(data, ImageFiles):
+        if args.data is None or args.dataset:
             yield data[i]
             continue
-        found, image = data.numbered(i)
-        if found == i:  # else another image would stand in for it, and be there twice
+        number, image = data.numbered(i)
+        if number == i:
             yield image, None
-        elif data.broken.sum() > 0.01 * len(data):
-            raise InputError(f"over 1% of {len(data)} images cannot be decoded ({data.paths[i]})")
         else:
-            print(f"cannot decode {data.paths[i]}: left out", flush=True)
+            data.report_broken(print, "left out")
 
 
 def squares(items, args, device):
     """(image, annotations) each -> (B, 3, size, size) float, normalised, on the device."""
+    # Paper silent: resized to squares, not cropped, so that objects at the border count too
     pixels = torch.stack([resize(image, [args.size] * 2, antialias=True) for image, _ in items])
     return normalize(pixels.to(device).float() / 255, args.mean, args.std)
 
 
-def name_weights(args):
-    """Fill in --labels: the folder of each of --weights."""
-    if args.labels and len(args.labels) != len(args.weights):
-        raise InputError(f"{len(args.labels)} --labels for {len(args.weights)} --weights")
-    folders = (Path(path) if Path(path).is_dir() else Path(path).parent for path in args.weights)
-    args.labels = args.labels or ["random" if path == "none" else folder.absolute().name
-                                  for path, folder in zip(args.weights, folders)]
-    if len({*args.labels}) < len(args.labels):
-        raise InputError(f"two of the names are alike, use --labels: {' '.join(args.labels)}")
-
-
-def backbones(args, device):
-    """Of each of --weights: its label, its stages, and the other tensors of the file."""
-    archs = args.arch * len(args.weights) if len(args.arch) == 1 else args.arch
-    if len(archs) != len(args.weights):
-        raise InputError(f"{len(archs)} --arch for {len(args.weights)} --weights")
-    found = []
-    for label, path, arch in zip(args.labels, args.weights, archs):
-        torch.manual_seed(args.seed)
-        stages = backbone_stages(arch)
-        rest = load_backbone(stages, path) if path != "none" else {}
-        found.append((label, stages.eval().to(device), rest))
-    return found
-
-
-def pooled(stages, x, level):
-    """Images (B, 3, H, W), or patches (B, 9, 3, h, w) of each -> (B, C) unit: the level's mean."""
-    features = stages(x.flatten(0, -4))[LEVELS.index(level)].mean((2, 3))
-    return F.normalize(features.view(len(x), -1, features.shape[1]).mean(1), dim=1)
+def pooled(stages, x):
+    """Images (B, 3, H, W), or patches (B, 9, 3, h, w) of each -> the means of the levels over all
+    positions and patches, a list of (B, C_i), unit length."""
+    means = [level.mean((2, 3)) for level in stages(x.flatten(0, -4))]  # (B, C_i), or (9B, C_i)
+    return [F.normalize(m.view(len(x), -1, m.shape[1]).mean(1), dim=1) for m in means]
 
 
 # -------------------------------------------------------------------------- the papers' quantities
@@ -188,7 +88,8 @@ def pooled(stages, x, level):
 
 def attention_map(features, size):
     """(B, C, h, w) -> (B, size, size): mean over channels, scaled to 0..1 in each image, bilinear
-    (DetCo 6.3.1).  All 0 where the mean is the same everywhere."""
+    (DetCo, Sec. 6.3.1); 0 where it is the same everywhere, as the layer norm of a Swin leaves it.
+    """
     mean = features.mean(1, keepdim=True)  # (B, 1, h, w)
     low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
     level = features.abs().mean((1, 2, 3), keepdim=True)
@@ -198,29 +99,27 @@ def attention_map(features, size):
 
 def neighbours(features, number=9):
     """features (n, D), unit -> of each row the rows most like it, itself left out: their indices
-    (n, number), best first, and cosines (DetCo 6.3.2)."""
-    similarity = features @ features.T
-    best = similarity.fill_diagonal_(-np.inf).topk(min(number, len(features) - 1))
+    (n, number), best first, and cosines (DetCo, Sec. 6.3.2)."""
+    best = (features @ features.T).fill_diagonal_(-np.inf).topk(min(number, len(features) - 1))
     return best.indices, best.values
 
 
 def pair_similarity(q, k):
     """q, k (B, D), unit: row i of q and of k are a positive pair, any two others a negative one.
-    Returns exp(cosine), its mean over the positive and over the negative pairs (DetCo 6.4)."""
+    Returns exp(cosine), its mean over positive and over negative pairs (DetCo, Sec. 6.4)."""
+    # Differs: the paper names exp(q k / tau), but its values lie in 1..e: tau is 1 here
     similarity = (q @ k.T).exp()  # (B, B)
     positive = similarity.diagonal()
     return positive.mean(), (similarity.sum() - positive.sum()) / (len(q) * (len(q) - 1))
 
 
 def boxes_of_iou(box, ious, width, height, tries=64):
-    """Boxes inside the image whose IoU with ``box`` is given (DUPR 4.6.1).
-
-    box: (4,) x1 y1 x2 y2 in pixels, inside too; ious: (n,) in 0..1.  From ``box`` straight to a
-    random box of 2 pixels a side or more the IoU falls from 1 to theirs: bisection finds the place.
-    Returns (n, 4) float64; where all of the tries overlap ``box`` more than asked, the least of it.
+    """Boxes (n, 4) float64 inside the image, of given IoUs (n,) with ``box`` (4,) (DUPR, Sec.
+    4.6.1), x1 y1 x2 y2 in pixels; of the tries that all overlap it more, the one that does least.
     """
-    box, ious = box.double(), torch.as_tensor(ious).double()
-    extent = torch.tensor([width, height]).double()
+    # Paper silent: from ``box`` straight to a random box of at least 2 pixels a side the IoU falls
+    # from 1, and bisection finds where it is as asked
+    box, ious, extent = box.double(), ious.double(), torch.tensor([width, height]).double()
     sides = torch.minimum(2 + torch.rand(len(ious), tries, 2).double() * (extent - 2), extent)
     corner = torch.rand(len(ious), tries, 2).double() * (extent - sides)
     ends = torch.cat([corner, corner + sides], dim=2)  # (n, tries, 4)
@@ -228,18 +127,12 @@ def boxes_of_iou(box, ious, width, height, tries=64):
     low_enough = overlap <= ious[:, None]
     chosen = torch.where(low_enough.any(1), low_enough.int().argmax(1), overlap.argmin(1))
     end = ends[torch.arange(len(ious)), chosen]  # (n, 4)
-    near, far = torch.zeros(len(ious)).double(), torch.ones(len(ious)).double()
+    near, far = torch.zeros_like(ious), torch.ones_like(ious)
     for _ in range(40):
         middle = (near + far) / 2
         above = box_iou(box + middle[:, None] * (end - box), box[None])[:, 0] > ious
         near, far = torch.where(above, middle, near), torch.where(above, far, middle)
     return box + far[:, None] * (end - box)
-
-
-def matches(q, k):
-    """q, k (C, h, w): of each position of q the most similar one of k, by cosine -> (h w,)."""
-    q, k = (F.normalize(x.flatten(1), dim=0) for x in (q, k))  # (C, h w)
-    return (q.T @ k).argmax(1)
 
 
 def counterpart(points, view_q, view_k):
@@ -249,481 +142,433 @@ def counterpart(points, view_q, view_k):
     low, high = view_q.box.chunk(2)
     source = low + torch.cat([x, points[:, 1:]], dim=1) / size * (high - low)  # (n, 2)
     flipped = torch.tensor([view_k.flipped])
-    boxes = soco.into_view(source.repeat(1, 2)[None], view_k.box[None], flipped, size)
-    return boxes[0, :, :2]
+    return box_into_view(source.repeat(1, 2)[None], view_k.box[None], flipped, size)[0, :, :2]
 
 
 def correspond(q, k, view_q, view_k):
-    """Match each position of q with one of k, features (C, h, w) of two views (DUPR 4.6.2).
-
-    Returns the positions and their matches, x y in the views' pixels, (h w, 2) each; which
-    positions the other view shows (h w,) bool; whether the match is at most one cell off, (h w,)
-    bool, and the chance of that, the share of such cells in the other view, (h w,); 0 if not shown.
+    """Match positions of q with those of k, features (C, h, w) of two views, by cosine (DUPR, Sec.
+    4.6.2) -> both, x y in the views' pixels, (h w, 2) each; and, (h w,) each, whether view_k shows
+    a position, whether its match is at most one cell off, and the chance of that, 0 if not shown.
     """
     size = view_q.pixels.shape[-1]
     cell = size / torch.tensor([q.shape[2], q.shape[1]])  # x y
     points = (torch.cartesian_prod(*map(torch.arange, q.shape[1:])).flip(1) + 0.5) * cell
-    found = matches(q, k)
+    q, k = (F.normalize(x.flatten(1), dim=0) for x in (q, k))  # (C, h w)
+    found = (q.T @ k).argmax(1)
     true = counterpart(points, view_q, view_k)
     seen = ((true >= 0) & (true <= size)).all(1)
+    # Paper silent: right is a match at most one cell off, across and down
     close = ((points - true[:, None]).abs() <= 1.001 * cell).all(2) & seen[:, None]  # (h w, h w)
     right = close[torch.arange(len(points)), found]
     return points, points[found], seen, right, close.float().mean(1)
 
 
-# ---------------------------------------------------------------------------------------- pictures
-
-
-def panels(rows, columns, titles=(), height=None):
-    """A figure as wide as a README, and its axes (rows, columns) without ticks."""
-    figure = Figure((9, rows * (height or 9 / columns) + 0.3), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    for ax, title in zip(axes[0], titles):
-        ax.set_title(title, fontsize=10)
-    return figure, axes
-
-
-def show(ax, image, title="", **boxes):
-    """Draw an image (3, H, W), uint8 or float 0..1, and boxes: a colour's are name -> (4,)."""
-    ax.imshow(image.permute(1, 2, 0).numpy())
-    if title:
-        ax.set_title(title, fontsize=8)
-    for colour, named in boxes.items():
-        for name, (x1, y1, x2, y2) in named.items():
-            ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, lw=1.5))
-            ax.text(x1 + 1, y1 + 1, name, fontsize=7, color="white", va="top",
-                    bbox=dict(facecolor=colour, edgecolor="none", pad=1))
+# -------------------------------------------------------- the figures: args, device -> figure, rows
 
 
 def attention(args, device):
-    """Where the level is active, over the image."""
-    items = [*islice(pictures(args), args.rows)]
+    """Where the level is active, over the image (DetCo, Fig. 5 and 6)."""
+    items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
     pixels, rows = squares(items, args, device), []
-    networks = backbones(args, device)
-    figure, axes = panels(len(items), 1 + len(networks), ["image", *args.labels])
+    figure, axes = image_grid(len(items), [1] * (1 + len(networks)),
+                              f"mean of {args.level} over channels")
     for column, (label, stages, _) in enumerate(networks, 1):
         level = stages(pixels)[LEVELS.index(args.level)].float().cpu()
         for i, (mapped, (image, truth)) in enumerate(zip(attention_map(level, args.size), items)):
-            height, width = image.shape[1:]
             show(axes[i, 0], image)
             show(axes[i, column], image)
-            axes[i, column].imshow(mapped.numpy(), "inferno", alpha=0.65,
-                                   extent=(0, width, height, 0))
+            show(axes[i, column], image, label, mapped, cmap="inferno", alpha=0.65)
             row = dict(weights=label, image=i, share_above_half=(mapped > 0.5).float().mean())
             if truth is not None:
                 inside = torch.zeros(args.size, args.size, dtype=torch.bool)
-                by = torch.tensor([width, height] * 2) / args.size
-                for x1, y1, x2, y2 in (truth["boxes"] / by).round().int().clamp(min=0).tolist():
+                scale = torch.tensor([image.shape[2], image.shape[1]] * 2) / args.size
+                for x1, y1, x2, y2 in (truth["boxes"] / scale).round().int().clamp(min=0).tolist():
                     inside[y1:y2, x1:x2] = True
                 row.update(mean_in_boxes=mapped[inside].mean(), elsewhere=mapped[~inside].mean())
             rows.append(row)
-    figure.suptitle(f"mean of {args.level} over channels, 0 to 1 in each image", fontsize=10)
     return figure, rows
 
 
 def retrieval(args, device):
-    """The nearest neighbours of the first images, and how many of all images' share a class."""
-    small, truths, features, rows = [], [], {}, []
-    networks, items = backbones(args, device), pictures(args)
-    while batch := [*islice(items, 32)]:
-        x = squares(batch, args, device)
+    """The nearest neighbours of the first images (DetCo, Fig. 7), and how many of all images' share
+    a class."""
+    networks, small, classes, rows = load_backbones(args, device), [], [], []
+    features = {label: [] for label in args.labels}
+    for image, truth in pictures(args):
+        x = squares([(image, truth)], args, device)
         for label, stages, _ in networks:
-            features.setdefault(label, []).append(pooled(stages, x, args.level).float().cpu())
-        small += [resize(image, [96, 96], antialias=True) for image, _ in batch]
-        truths += [truth for _, truth in batch]
+            features[label].append(pooled(stages, x)[LEVELS.index(args.level)].float().cpu())
+        small.append(resize(image, [96, 96], antialias=True))
+        classes.append({*truth["labels"].tolist()} if truth else set())
     if len(small) < 2:
         raise InputError("retrieval needs two images or more")
-    known = truths[0] is not None  # then colours tell who shares a class
-    if known:
-        number = 1 + max([0, *torch.cat([truth["labels"] for truth in truths]).tolist()])
-        present = torch.stack([t["labels"].bincount(minlength=number) for t in truths]) > 0
-        share = (present.float() @ present.float().T > 0).fill_diagonal_(False)  # (n, n)
-    drawn = min(args.rows, len(small))
-    figure, axes = panels(drawn * len(networks), 10, ["query", *map(str, range(1, 10))])
+    share = torch.tensor([[not own.isdisjoint(other) for other in classes] for own in classes])
+    share.fill_diagonal_(False)  # (n, n): a class in common
+    title = f"nearest by the mean of {args.level}, and their cosine; blue: a class in common"
+    figure, axes = image_grid(min(args.rows, len(small)) * len(networks), [1] * 10, title)
     for n, (label, parts) in enumerate(features.items()):
         nearest, cosine = neighbours(torch.cat(parts))  # (n, 9) each
-        for i in range(drawn):
-            line = axes[i * len(networks) + n]
-            show(line[0], small[i])
-            line[0].set_ylabel(label, fontsize=8)
+        for i, line in enumerate(axes[n::len(networks)]):
+            show(line[0], small[i], left=label)
             for ax, j, value in zip(line[1:], nearest[i].tolist(), cosine[i]):
-                show(ax, small[j])
-                ax.set_xlabel(f"{value:.3f}", fontsize=7, labelpad=1)
-                for side in ax.spines.values() if known else ():
-                    side.set(color="C0" if share[i, j] else "C1", linewidth=2)
-        rows.append(dict(weights=label, images=len(small), first_cosine=cosine[:, 0].mean(),
-                         last_cosine=cosine[:, -1].mean()))
-        if known:
-            rows[-1].update(share_a_class=share.gather(1, nearest).float().mean(),
-                            of_any_pair=share.sum() / (len(small) * (len(small) - 1)))
-    figure.suptitle(f"nearest by the mean of {args.level}, and their cosine" + (
-        "; blue: a class in common, orange: none" if known else ""), fontsize=10)
+                show(ax, small[j], below=f"{value:.3f}")
+                if share[i, j]:
+                    ax.spines[:].set(color="C0", linewidth=2)
+        row = dict(weights=label, images=len(small), first_cosine=cosine[:, 0].mean(),
+                   last_cosine=cosine[:, -1].mean())
+        if truth:
+            row.update(share_a_class=share.gather(1, nearest).float().mean(),
+                       of_any_pair=share.sum() / (len(small) * (len(small) - 1)))
+        rows.append(row)
     return figure, rows
 
 
+def load_encoders(path, stages, args, device):
+    """The encoders of queries and of keys, x -> a list of (B, D), unit length, the level's index in
+    it, and the recipe: of a checkpoint of DetCo, with its heads; else ``pooled`` and None."""
+    import detco
+    saved, level = load_checkpoint(path) if path != "none" else {}, LEVELS.index(args.level)
+    if saved.get("method") != "detco":
+        return partial(pooled, stages), partial(pooled, stages), level, None
+    own = argparse.Namespace(**saved["args"])
+    if own.no_local or not own.weights[level]:
+        raise InputError(f"{path} has no local head at {args.level} (--no-local, --weights)")
+    model = detco.DetCo(own.arch, own.dim, own.queue_size, weights=own.weights, bn_groups=1,
+                        share_queue=own.share_queue).eval().to(device)
+    model.load_state_dict(saved["model"])
+    return model.encoder_q, model.encoder_k, model.levels.index(level), own
+
+
 def similarity(args, device):
-    """exp(cosine) of two global views, and of a local and a global one, the mean of each batch."""
-    figure = Figure((9, 1.8 * len(args.weights) + 0.4), layout="constrained")
-    axes = figure.subplots(len(args.weights), 2, squeeze=False, sharex=True)
-    rows, networks = [], None
-    files = [load_checkpoint(path) if path != "none" else {} for path in args.weights]
-    heads = [isinstance(saved, dict) and saved.get("method") == "detco" for saved in files]
-    for path, saved in ((p, f) for p, f, head in zip(args.weights, files, heads) if head):
-        if saved["args"]["no_local"] or not saved["args"]["weights"][3]:
-            raise InputError(f"{path} has no local head at Res5 (--no-local, --weights)")
-    recipe = (argparse.Namespace(**files[heads.index(True)]["args"]) if any(heads) else
-              detco.parse_args([] if args.data is None else ["--data", args.data]))
-    for i, (label, path, saved) in enumerate(zip(args.labels, args.weights, files)):
-        if heads[i]:
-            own = argparse.Namespace(**saved["args"])
-            model = detco.DetCo(own.arch, own.dim, own.queue_size, weights=own.weights,
-                                bn_groups=1, share_queue=own.share_queue)
-            model.load_state_dict(saved["model"])
-            model.eval().to(device)  # Res5 comes last
-            embed_q, embed_k = (lambda x, e=e: e(x)[-1] for e in (model.encoder_q, model.encoder_k))
-        else:
-            networks = networks or backbones(args, device)
-            embed_q = embed_k = lambda x, stages=networks[i][1]: pooled(stages, x, args.level)
+    """exp(cosine) of two global views, and of a local and a global one: the means of batches of 32
+    images (DetCo, Fig. 9).  The first checkpoint of DetCo gives the recipe of the views."""
+    import detco
+    rows, encoders = [], [load_encoders(path, stages, args, device) for path, (_, stages, _)
+                          in zip(args.weights, load_backbones(args, device))]
+    recipes = [own for *_, own in encoders if own]
+    recipe = recipes[0] if recipes else detco.parse_args(["--data", args.data] if args.data else [])
+    figure = Figure((9, 1.8 * len(encoders) + 0.4), layout="constrained")
+    axes = figure.subplots(len(encoders), 2, squeeze=False)
+    for line, label, (encode_q, encode_k, i, _) in zip(axes, args.labels, encoders):
         torch.manual_seed(args.seed)
-        items, means = pictures(args), []
-        while len(batch := [detco.views(image, recipe) for image, _ in islice(items, 32)]) > 1:
+        images, means = pictures(args), []
+        for _ in range(math.ceil(args.images / 32)):
+            batch = [detco.cut_views(image, recipe) for image, _ in islice(images, 32)]
+            if len(batch) < 2:  # no negative pair
+                break
             view_q, view_k, (local, corners), _ = default_collate(batch)
-            q, k, patches = (photometric(view.pixels.to(device), p_blur=recipe.p_blur,
-                                         mean=args.mean, std=args.std)
+            q, k, patches = (augment_colour(view.pixels.to(device), p_blur=recipe.p_blur,
+                                            mean=args.mean, std=args.std)
                              for view in (view_q, view_k, local))
             patches = detco.cut_patches(patches, corners.to(device), recipe.patch_size)
-            k = embed_k(k)
-            means.append([*pair_similarity(embed_q(q), k), *pair_similarity(embed_q(patches), k)])
-        means = torch.tensor(means).view(-1, 2, 2)  # batches; global, local; positive, negative
-        if not len(means):
+            k = encode_k(k)[i]
+            means.append([pair_similarity(encode_q(x)[i], k) for x in (q, patches)])
+        if not means:
             raise InputError("similarity needs two images or more")
         row = dict(weights=label, batches=len(means))
-        for j, kind in enumerate(("positive", "negative")):
-            for name, values in (("global", means[:, 0, j]), ("local", means[:, 1, j])):
-                row[f"{kind}_{name}"] = values.mean()
-                axes[i, j].hist(values.numpy(), np.linspace(1 / np.e, np.e, 200),
-                                label=f"{name}-global: {values.mean():.3f}")
-            row[f"{kind}_difference"] = (means[:, 0, j] - means[:, 1, j]).mean()
-            axes[i, j].set_title(f"{label}, {kind} pairs", fontsize=9)
-            axes[i, j].legend(fontsize=8, loc="upper left")
-            axes[-1, j].set_xlabel("exp(cosine), mean of a batch of 32 images", fontsize=8)
-        axes[i, 0].set_ylabel("batches", fontsize=8)
+        for ax, kind, values in zip(line, ("positive", "negative"), torch.tensor(means).unbind(2)):
+            for query, part in zip(("global", "local"), values.unbind(1)):  # (batches,) each
+                row[f"{kind}_{query}"] = mean = part.mean()
+                ax.hist(part.numpy(), np.linspace(1 / np.e, np.e, 200),
+                        label=f"{query}-global: {mean:.3f}")
+            row[f"{kind}_difference"] = (values[:, 0] - values[:, 1]).mean()
+            ax.set_title(f"{label}: exp(cosine) of {kind} pairs", fontsize=9)
+            ax.legend(fontsize=8, loc="upper left")
         rows.append(row)
     return figure, rows
 
 
 def iou_similarity(args, device):
-    """Eq. (9) of DUPR against IoU: 20 boxes around each annotated one, positions 14 x 14."""
-    networks, values, example = backbones(args, device), {label: [] for label in args.labels}, None
-    ious = []
+    """How the features of a box change as it moves: DUPR's Eq. (9) against IoU, of 20 boxes around
+    each annotated one (Fig. 6); the band is one standard deviation over boxes."""
+    networks, ious = load_backbones(args, device), []
+    values = {label: [] for label in args.labels}
     torch.manual_seed(args.seed)
-    for item in pictures(args):
-        image, truth = item
+    for image, truth in pictures(args):
         if truth is None:
             raise InputError("iou-similarity needs boxes: --dataset voc or coco, or no --data")
         height, width = image.shape[1:]
-        by = torch.tensor([args.size / width, args.size / height] * 2)
-        truths = truth["boxes"][~truth["ignore"]].double().clamp(min=0)
-        truths, near = truths.minimum(torch.tensor([width, height] * 2)), []
-        for box in truths:
-            wanted = (torch.arange(20) + torch.rand(20)) / 20
-            near.append(boxes_of_iou(box, wanted, width, height))  # (20, 4)
-            ious.append(box_iou(near[-1], box[None])[:, 0])
-        if not near:
-            continue
-        example = example or (image, truths[0], near[0], ious[-len(near)])
-        boxes = torch.cat([truths, *near]) * by
-        x = squares([item], args, device)
-        for label, stages, _ in networks:
-            features = stages(x)[LEVELS.index(args.level)].float()
-            regions = roi_align(features, [boxes.float().to(device)], 14, aligned=True,
-                                spatial_scale=features.shape[-1] / args.size)
-            q, k = regions.split([len(near), 20 * len(near)])  # (n, C, S, S), (20 n, C, S, S)
-            q = q.repeat_interleave(20, dim=0)
-            values[label].append(dupr.region_similarity(q, k).cpu())
+        extent, x = torch.tensor([width, height] * 2), squares([(image, truth)], args, device)
+        levels = [stages(x)[LEVELS.index(args.level)].float() for _, stages, _ in networks]
+        for box in truth["boxes"][~truth["ignore"]].double().clamp(min=0).minimum(extent):
+            near = boxes_of_iou(box, (torch.arange(20) + torch.rand(20)) / 20, width, height)
+            ious.append(box_iou(near, box[None])[:, 0])
+            rois = (torch.cat([box[None], near]) * (args.size / extent)).float().to(device)
+            for found, level in zip(values.values(), levels):
+                regions = roi_align(level, [rois], 14, level.shape[-1] / args.size, aligned=True)
+                same = F.cosine_similarity(regions[:1], regions[1:], dim=1)  # (20, 14, 14)
+                found.append(same.mean((1, 2)).cpu())  # Eq. (9)
     if not ious:
         raise InputError("no boxes in these images")
     ious = torch.cat(ious)
-    bins = (ious * 10).long().clamp(max=9)
-    rows = [dict(iou=ious[bins == b].mean(), boxes=(bins == b).sum()) for b in bins.unique()]
-    figure, ((left, right),) = panels(1, 2, height=3.6)
-    image, box, near, found = example
-    show(left, image, "a box (blue) and others of IoU 0 to 1 with it", C1={
-        f"{found[i]:.2f}": near[i] for i in range(1, 20, 4)}, C0={"": box})
-    for label in args.labels:
-        similarity = torch.cat(values[label])
-        for row, b in zip(rows, bins.unique()):
-            row[f"{label} mean"] = similarity[bins == b].mean()
-            row[f"{label} deviation"] = similarity[bins == b].std(correction=0)
-        x, mean, spread = (torch.stack([r[name] for r in rows]).numpy()
-                           for name in ("iou", f"{label} mean", f"{label} deviation"))
-        line, = right.plot(x, mean, label=label)
-        right.fill_between(x, mean - spread, mean + spread, color=line.get_color(), alpha=0.15)
-    right.set(xlabel="IoU with the annotated box", ylabel=f"similarity of {args.level} (Eq. 9)",
-              xticks=np.linspace(0, 1, 6))
-    right.yaxis.set_major_locator(MaxNLocator(6))
-    right.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    bins = (10 * ious).long().clamp(max=9)
+    bins = [bins == b for b in bins.unique()]
+    rows = [dict(iou=ious[inside].mean(), boxes=inside.sum()) for inside in bins]
+    figure = Figure((7, 4), layout="constrained")
+    axes = figure.add_subplot(xlabel="IoU with the annotated box",
+                              ylabel=f"similarity of {args.level} (Eq. 9)")
+    for label, found in values.items():
+        for row, inside in zip(rows, bins):
+            part = torch.cat(found)[inside]
+            row.update({f"{label} mean": part.mean(), f"{label} deviation": part.std(correction=0)})
+        x, mean, deviation = (np.array([row[name].item() for row in rows])
+                              for name in ("iou", f"{label} mean", f"{label} deviation"))
+        axes.plot(x, mean, label=label)
+        axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
+    axes.grid(alpha=0.3)
+    axes.legend()
     return figure, rows
 
 
 def correspondence(args, device):
-    """Two views of an image: where each position of the one finds its like in the other."""
-    networks, rows = backbones(args, device), []
+    """Where each position of a view finds its like in another of the image (DUPR, Fig. 7)."""
+    networks, rows = load_backbones(args, device), []
     torch.manual_seed(args.seed)
-    drawn = [[random_resized_crop(image, args.size) for _ in "qk"] for image, _ in pictures(args)]
-    pixels = [photometric(torch.stack([v.pixels for v in pair]), mean=(0, 0, 0), std=(1, 1, 1))
-              for pair in drawn]  # 0..1
-    shown = min(args.rows, len(drawn))
-    figure, axes = panels(len(networks), shown, height=9 / 2 / shown)
+    pairs = [two_views(image, args.size, (0.2, 1.0)) for image, _ in pictures(args)]
+    pixels = [augment_colour(torch.stack([view.pixels for view in pair]), mean=(0, 0, 0),
+                             std=(1, 1, 1)) for pair in pairs]  # 0..1
+    shown = min(args.rows, len(pairs))
+    figure, axes = image_grid(len(networks), [2] * shown, f"most similar positions of {args.level};"
+                              " blue: at most one cell off, orange: wrong")
     for line, (label, stages, _) in zip(axes, networks):
         counts = torch.zeros(3)
-        for i, (pair, x) in enumerate(zip(drawn, pixels)):
-            x_in = normalize(x, args.mean, args.std).to(device)
-            features = stages(x_in)[LEVELS.index(args.level)].float().cpu()
-            points, found, seen, right, chance = correspond(*features, *pair)
+        for i, (pair, x) in enumerate(zip(pairs, pixels)):
+            level = stages(normalize(x, args.mean, args.std).to(device))[LEVELS.index(args.level)]
+            points, found, seen, right, chance = correspond(*level.float().cpu(), *pair)
             counts += torch.stack([right.sum(), seen.sum(), chance.sum()])
-            if i >= shown:
-                continue
-            ax, gap = line[i], args.size // 16
-            colour = np.where(right, "C0", "C1")
-            one, two = x.clamp(0, 1)
-            show(ax, torch.cat([F.pad(one, (0, gap), value=1), two], dim=2))
-            start, end = points[seen], found[seen] + torch.tensor([args.size + gap, 0])
-            ax.add_collection(LineCollection(torch.stack([start, end], dim=1).numpy(), alpha=0.3,
-                                             colors=colour[seen], linewidths=0.6))
-            for dots in (start, end):
-                ax.scatter(*dots.T.numpy(), s=6, c=colour[seen], linewidths=0)
-            ax.set_title(f"{label}: {right.sum()} of {seen.sum()} right", fontsize=8)
+            if i < shown:
+                (one, other), gap = x.clamp(0, 1), args.size // 16
+                show(line[i], torch.cat([F.pad(one, (0, gap), value=1), other], dim=2),
+                     f"{label}: {right.sum()} of {seen.sum()} right")
+                ends = torch.stack([points, found + torch.tensor([args.size + gap, 0])])
+                for colour, chosen in (("C0", right), ("C1", seen & ~right)):
+                    line[i].plot(*ends[:, chosen].permute(2, 0, 1).numpy(), ".-", color=colour,
+                                 alpha=0.6, linewidth=0.8, markersize=4)
         right, seen, chance = counts.tolist()
-        rows.append(dict(weights=label, pairs=len(drawn), positions=int(seen), right=int(right),
+        rows.append(dict(weights=label, pairs=len(pairs), positions=int(seen), right=int(right),
                          share=right / max(1, seen), chance=chance / max(1, seen)))
-    figure.suptitle(f"most similar positions of {args.level}; blue: at most one cell off, orange: "
-                    "wrong", fontsize=10)
     return figure, rows
 
 
 def features(args, device):
-    """The mean over channels of each level: Res2..Res5, or P2..P5 where the file has an FPN."""
-    items, rows = [*islice(pictures(args), args.rows)], []
-    x = squares(items, args, device)
-    networks = backbones(args, device)
-    figure, axes = panels(len(items) * len(networks), 5, ["image"])
+    """The mean over channels of each level (the report, Fig. 2a): Res2..Res5, or P2..P5 where the
+    file has an FPN."""
+    items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
+    x, rows = squares(items, args, device), []
+    title = "mean of each level over channels"
+    figure, axes = image_grid(len(items) * len(networks), [1] * 5, title)
     for n, (label, network, rest) in enumerate(networks):
-        names = [f"Res{i}" for i in range(2, 6)]
         lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.0.0.weight")]
-        if lateral:  # the file has an FPN
-            names = [f"P{i}" for i in range(2, 6)]
-            network = Pyramid(network, len(lateral[0])).eval()
+        if lateral:
+            network = Pyramid(network, len(lateral[0])).eval().to(device)
             load_part(network.fpn, "backbone.fpn.", rest, args.weights[n])
-        levels = network.to(device)(x)
-        levels = [*levels.values()] if lateral else levels
+        levels = [*network(x).values()][:4] if lateral else network(x)
         for i, (image, _) in enumerate(items):
             line = axes[i * len(networks) + n]
-            show(line[0], image)
-            line[0].set_ylabel(label, fontsize=9)
-            for ax, name, level in zip(line[1:], names, levels):
-                mean = level[i].float().mean(0).cpu().numpy()
-                ax.imshow(mean, "viridis", extent=(0, image.shape[2], image.shape[1], 0))
-                ax.set_title(f"{name}, {mean.shape[0]} x {mean.shape[1]}", fontsize=8)
-                ax.set_xlabel(f"{mean.min():.2g} to {mean.max():.2g}", fontsize=7, labelpad=1)
+            show(line[0], image, left=label)
+            for number, ax, level in zip(range(2, 6), line[1:], levels):
+                name, mean = f"{'P' if lateral else 'Res'}{number}", level[i].float().mean(0).cpu()
+                show(ax, image, f"{name}: {mean.min():.2g} to {mean.max():.2g}", mean)
                 rows.append(dict(weights=label, image=i, level=name, least=mean.min(),
                                  mean=mean.mean(), most=mean.max()))
-    figure.suptitle("mean activation over channels, dark to bright: least to most of the level",
-                    fontsize=10)
     return figure, rows
 
 
 def detections(args, device):
-    """Annotations above what fine-tuned detectors find; none: such a detector before training."""
-    recipes = [argparse.Namespace(**fine_tuned(path)["args"]) for path in args.weights
-               if path != "none"]
-    if recipes:
-        recipe = recipes[0]
-    else:
-        recipe = parse_fine_tune(["--dataset", args.dataset or "scenes"])
-        recipe.arch, recipe.mean, recipe.std = args.arch[0], args.mean, args.std
-    if args.data is not None:
-        recipe.data, recipe.dataset = args.data, args.dataset or recipe.dataset
-        if args.dataset:  # else of the checkpoint's layout, and its split
-            recipe.test_split = RECIPES[args.dataset].get("test_split")
-    if args.split:
-        recipe.test_split = args.split
-    if (recipe.dataset == "scenes") != (recipe.data is None):
-        raise InputError("detections of --data need --dataset voc or coco, and these need --data")
-    data = (LabelledScenes(1000, seed=2) if recipe.dataset == "scenes" else
-            Annotated(recipe.dataset, recipe.data, recipe.test_split, recipe.classes))
-    order = np.random.default_rng(args.seed).permutation(len(data))[:args.rows].tolist()
-    items, found, rows = [data[i] for i in order], {}, []
+    """Annotations above what fine-tuned detectors find (the report, Fig. 1); ``none`` is the first
+    of these detectors before training."""
+    name_weights(args)
+    tuned = {path: load_fine_tuned(path) for path in args.weights if path != "none"}
+    if not tuned:
+        raise InputError("detections needs --weights with a checkpoint of finetune_fasterrcnn")
+    first = [*tuned.values()][0]["args"]
+    args.classes = first["classes"]
+    if args.dataset is None:
+        args.dataset, args.split = first["dataset"], args.split or first["test_split"]
+        args.data = args.data or first["data"]
+    if args.data and args.dataset == "scenes":
+        raise InputError("detections of --data need --dataset voc or coco")
+    items, found, rows = [*islice(pictures(args), args.rows)], {}, []
     for label, path in zip(args.labels, args.weights):
-        own = fine_tuned(path) if path != "none" else {}
-        settings = argparse.Namespace(**{**vars(recipe), **own.get("args", {}), "weights": "none"})
-        settings.classes = settings.classes or data.classes
-        if settings.classes != data.classes:
-            raise InputError(f"{path} knows other classes: {' '.join(settings.classes)}")
-        settings.seed = args.seed
-        model = detector(settings).to(device).eval()
-        if own:
-            restore(model, own, path)
-        found[label] = detect(model, [image for image, _ in items], device)
+        own = dict(tuned[path]["args"] if path in tuned else first, weights="none", seed=args.seed)
+        if own["classes"] != args.classes:
+            raise InputError(f"{path} knows other classes: {' '.join(own['classes'])}")
+        model = detector_from_args(argparse.Namespace(**own))
+        if path in tuned:
+            restore(model, tuned[path], path)
+        found[label] = detect(model.eval().to(device), [image for image, _ in items], device)
         for i, (seen, (_, truth)) in enumerate(zip(found[label], items)):
-            best = {key: values[:5] for key, values in seen.items()}  # those that are drawn
-            hit = box_iou(truth["boxes"].float(), best["boxes"]) >= 0.5
-            hit &= truth["labels"][:, None] == best["labels"]
+            hit = box_iou(truth["boxes"].float(), seen["boxes"][:5]) >= 0.5  # the 5 that are drawn
+            hit &= truth["labels"][:, None] == seen["labels"][:5]
             rows.append(dict(weights=label, image=i, annotated=len(truth["boxes"]),
                              found=hit.any(1).sum(), detections=len(seen["boxes"]),
                              best_score=max([0.0, *seen["scores"].tolist()])))
-    return draw_detections(items, found, data.classes), rows
+    return draw_detections(items, found, args.classes), rows
 
 
-def views_of(name, image, recipe):
-    """The views that a method cuts of an image (3, H, W) uint8, as its network gets them -> a list
-    of (View, its pixels (3, h, w) float 0..1, boxes in these: colour -> name -> (4,))."""
-    symmetric, boxes = name in ("moco_v2", "detco", "dupr"), [{}] * 4
-    if name == "detco":
-        drawn = detco.views(image, recipe)
-        cut = [view if i < 2 else view.view for i, view in enumerate(drawn)]
-    elif name == "dupr":
-        cut = dupr.two_views(image, recipe)
-        *where, valid = dupr.overlap(*(default_collate([view]) for view in cut))
-        side = max(s for s in recipe.roi_size if s <= 7 or s == min(recipe.roi_size))
-        for i, (roi, flipped) in enumerate(where if valid else ()):
-            step = (roi[0, 2:] - roi[0, :2]) / side
-            cells = torch.cartesian_prod(*2 * [torch.arange(side)]).flip(1)  # x y, row by row
-            cells[:, 0] = side - 1 - cells[:, 0] if flipped else cells[:, 0]
-            corner = roi[0, :2] + cells * step  # (S S, 2)
-            cells = torch.cat([corner, corner + step], dim=1)
-            boxes[i] = {"C0": {str(n): cell for n, cell in enumerate(cells.tolist(), 1)}}
-    elif name == "soco":
-        recipe.view4 = recipe.view4 or recipe.image_size * 6 // 7  # 192 beside 224
-        found = torch.from_numpy(selective_search.propose(image, "single", 224)).float()
-        cut, places, _ = soco.make_views((image, found), recipe)
-        levels = soco.Network("resnet18", 8, 8, 8).pool.map_levels
-        for i, view in enumerate(cut):
-            size, turned = view.pixels.shape[-1], torch.tensor([view.flipped])
-            placed = soco.into_view(places[None], view.box[None], turned, size)[0]  # (P, 4)
-            placed = placed if i else soco.jitter_boxes(placed, size, recipe.jitter)
-            boxes[i] = {f"C{j}": {f"P{level + 2}": box} for j, (level, box) in
-                        enumerate(zip(levels([placed]).tolist(), placed.tolist()))}
+def views_of(method, image, args):
+    """The views that a method (its module) cuts of an image (3, H, W) uint8: a list of (View, its
+    pixels (3, h, w) float 0..1 as the network gets them, what all views share, in these pixels:
+    SoCo's boxes, [(level of the pyramid, (4,)), ...], DUPR's a rectangle (4,) and its flip)."""
+    name, shared = method.__name__, [()] * 4
+    if name == "soco":
+        args.view4 = args.view4 or args.image_size * 6 // 7  # 192 beside 224
+        proposals = torch.from_numpy(propose(image, "single", 224)).float()
+        cut, places, _ = method.make_views((image, proposals), args)
+        levels = method.Network("resnet18", 8, 8, 8).pool.map_levels
+        for i, view in enumerate(default_collate([cut])):  # batches of one
+            size = view.pixels.shape[-1]
+            boxes = box_into_view(places[None], view.box, view.flipped, size)[0]  # (P, 4)
+            boxes = boxes if i else method.jitter_boxes(boxes, size, args.jitter)
+            shared[i] = [(f"P{n + 2}", box) for n, box in zip(levels([boxes]), boxes.tolist())]
+    elif name in ("detco", "dupr"):
+        cut = method.cut_views(image, args)
     else:
-        cut = METHODS[name].two_views(image, recipe.image_size, (recipe.crop_scale, 1.0))
+        cut = two_views(image, args.image_size, (args.crop_scale, 1.0))
+    if name == "dupr":
+        *places, valid = method.overlap(*default_collate([cut]))
+        shared = [(roi[0].tolist(), bool(flipped)) if valid else () for roi, flipped in places]
     seen = []
     for i, view in enumerate(cut):
-        colours = dict(p_blur=recipe.p_blur) if symmetric else dict(
-            jitter=(0.4, 0.4, 0.2, 0.1), p_blur=recipe.p_blur[i > 0], p_solarize=0.2 * (i > 0))
-        pixels = photometric(view.pixels[None], mean=(0, 0, 0), std=(1, 1, 1), **colours)
-        if name == "detco" and i >= 2:
-            patches = detco.cut_patches(pixels, drawn[i].corners[None], recipe.patch_size)
+        view, *corners = view if len(view) == 2 else [view]  # detco.LocalView
+        colours = dict(p_blur=args.p_blur)
+        if name in ("soco", "barlow_twins", "vicreg"):
+            colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), p_blur=args.p_blur[min(i, 1)],
+                           p_solarize=0.2 if i else 0.0)
+        pixels = augment_colour(view.pixels[None], mean=(0, 0, 0), std=(1, 1, 1), **colours)
+        if corners:
+            patches = method.cut_patches(pixels, corners[0][None], args.patch_size)
             pixels = make_grid(patches[0], 3, padding=2, pad_value=1)[None]
-        seen.append((view, pixels[0].clamp(0, 1), boxes[i]))
+        seen.append((view, pixels[0].clamp(0, 1), shared[i]))
     return seen
 
 
 def views(args, _device):
     """An image, and what each method's network gets of it (SoCo's fourth view: SoCo* only)."""
     (image, _), rows = next(pictures(args)), []
-    figure, axes = panels(len(args.methods), 5)
+    figure, axes = image_grid(len(args.methods), [image.shape[2] / image.shape[1], 1, 1, 1, 1])
     for name, line in zip(args.methods, axes):
         torch.manual_seed(args.seed)
-        recipe = METHODS[name].parse_args([] if args.data is None else ["--data", args.data])
-        seen = views_of(name, image, recipe)
-        show(line[0], image, "image and crops", **{f"C{i}": {str(i): view.box.tolist()}
-                                                   for i, (view, *_) in enumerate(seen, 1)})
-        line[0].set_ylabel(name, fontsize=9)
-        for ax in line[1 + len(seen):]:
-            ax.set_axis_off()
-        for i, (ax, (view, pixels, boxes)) in enumerate(zip(line[1:], seen), 1):
-            side, flip = view.pixels.shape[-1], ", flipped" if view.flipped else ""
-            show(ax, pixels, f"{i}: {side} px{flip}", **boxes)
-            rows.append(dict(method=name, view=i, pixels=side, flipped=int(view.flipped),
-                             **dict(zip(("x1", "y1", "x2", "y2"), view.box.tolist())),
-                             boxes=" ".join(n for b in boxes.values() for n in b)))
+        method, (title, text) = importlib.import_module(name), METHODS[name]
+        recipe = method.parse_args(["--data", args.data] if args.data else [])
+        show(line[0], image)
+        line[0].set_title(title, loc="left", fontsize=11, weight="bold")
+        line[1].text(0, 1.05, text, fontsize=10, transform=line[1].transAxes, in_layout=False)
+        seen, side = views_of(method, image, recipe), 7 if args.data else 4  # of DUPR's places
+        for i, (view, pixels, shared) in enumerate(seen, 1):
+            size, flipped = view.pixels.shape[-1], ", flipped" if view.flipped else ""
+            outline(line[0], view.box.tolist(), "black", str(i), corner=i - 1)
+            show(line[i], pixels, below=f"{i}: {size} px{flipped}")
+            rows.append(dict(method=name, view=i, pixels=size, flipped=int(view.flipped),
+                             **dict(zip(("x1", "y1", "x2", "y2"), view.box.tolist()))))
+            if name == "dupr" and shared:
+                mark_places(line[i], *shared, side)
+            elif name == "soco":
+                for j, (level, box) in enumerate(shared):
+                    outline(line[i], box, f"C{j}", level, corner=j)
+                rows[-1]["levels"] = " ".join(level for level, _ in shared)
+        if name == "dupr" and shared:
+            (box,), _ = method.intersect(*(view.box[None] for view, *_ in seen))
+            mark_places(line[0], box.tolist(), False, side)
     return figure, rows
 
 
 def curves(args, _device):
-    """What several runs have logged, over the epochs: a panel for each column that two of them
-    have, or, of a single run, for each."""
+    """What the runs of --weights have logged, in the columns that draw_curves draws into --out ->
+    None, rows of numbers."""
+    name_weights(args)
     logs, rows = {}, []
     for label, path in zip(args.labels, args.weights):
-        path = Path(path, "log.csv") if Path(path).is_dir() else Path(path)
-        if not path.is_file():
-            raise InputError(f"no {path}: curves takes folders of runs")
-        with open(path, newline="", errors="replace") as file:
-            logs[label] = [row for row in csv.DictReader(file) if all(row.values())]
-        if not logs[label] or "epoch" not in logs[label][0]:
-            raise InputError(f"{path} is no log of a run, or an empty one")
-    names = [name for log in logs.values() for name in log[0] if name not in ("step", "epoch")]
-    names = [name for name in dict.fromkeys(names) if names.count(name) >= min(2, len(logs))]
-    if not names:
+        try:
+            logs[label] = log = read_log(Path(path, "log.csv") if Path(path).is_dir() else path)
+        except (OSError, TypeError, ValueError, csv.Error):
+            log = []
+        if not log or "epoch" not in log[0]:
+            raise InputError(f"{path} is no log of a run: curves takes folders of runs")
+    for column in shared_columns(logs):
+        for label, log in logs.items():
+            if column in log[0]:
+                values = [row[column] for row in log]
+                rows.append(dict(run=label, column=column, first=values[0], last=values[-1],
+                                 least=min(values), most=max(values)))
+    if not {row["column"] for row in rows} - {"images_per_s"}:
         raise InputError(f"no column is in two of the logs: {' '.join(args.weights)}")
-    figure, axes = panels(-(-len(names) // 3), 3, height=2.4)
-    for ax in axes.flat[len(names):]:
-        ax.set_axis_off()
-    for name, ax in zip(names, axes.flat):
-        for n, (label, log) in enumerate(logs.items()):
-            if name not in log[0]:
-                continue
-            values = [float(row[name]) for row in log]
-            ax.plot([float(row["epoch"]) for row in log], values, f"C{n}", label=label)
-            rows.append(dict(run=label, column=name, first=values[0], last=values[-1],
-                             least=min(values), most=max(values)))
-        ax.set_title(name.replace("_", " "), fontsize=9)
-        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        ax.yaxis.set_major_locator(MaxNLocator(5))
-        ax.set_xlabel("epoch", fontsize=8)
-        ax.tick_params(labelsize=7)
-        ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=8)
-    return figure, rows
+    draw_curves(logs, args.out)
+    return None, rows
 
 
 # ----------------------------------------------------------------------------------------- command
 
-FIGURES = {"attention": attention, "retrieval": retrieval, "similarity": similarity,
-           "iou-similarity": iou_similarity, "correspondence": correspondence,
-           "features": features, "detections": detections, "views": views, "curves": curves}
+FIGURES = {  # name: function; level, images measured, drawn
+    "attention": (attention, "res5", 1000, 4), "retrieval": (retrieval, "res5", 1000, 3),
+    "similarity": (similarity, "res5", 3200, 1), "features": (features, "res5", 1000, 1),
+    "iou-similarity": (iou_similarity, "res4", 200, 1), "views": (views, "res5", 1000, 1),
+    "correspondence": (correspondence, "res4", 50, 2), "curves": (curves, "res5", 1000, 1),
+    "detections": (detections, "res5", 1000, 6)}
 
 
-def table(rows):
-    """Dicts -> lines of aligned columns, numbers with four digits."""
+def print_table(rows, path=None):
+    """Print dicts as aligned columns, numbers with four digits; all digits go to a CSV file."""
+    rows = [{k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} for row in rows]
     names = [*dict.fromkeys(name for row in rows for name in row)]
-    cells = [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in (r.get(n, "") for n in names)]
-             for r in rows]
-    widths = [max(map(len, column)) for column in zip(names, *cells)]
-    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths))
-                     for line in (names, *cells))
+    values = [[row.get(name, "") for name in names] for row in rows]
+    table = [names] + [[f"{v:.4g}" if isinstance(v, float) else str(v) for v in line]
+                       for line in values]
+    widths = [max(map(len, column)) for column in zip(*table)]
+    for line in table:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths)))
+    if path:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows([names, *values])
 
 
 @torch.no_grad()
-def run(args, device):
+def visualize(args, device):
     """Draw the figure, print the numbers behind it."""
-    check(args, images=(1, np.inf), rows=(1, np.inf), size=(32, np.inf), seed=(0, np.inf),
-          mean=(0, 1), std=(1e-3, 1))
-    known = Figure().canvas.get_supported_filetypes()
-    if Path(args.out).suffix[1:].lower() not in known:
-        raise InputError(f"--out {args.out}: no picture's ending ({', '.join(known)})")
-    name_weights(args)
-    matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)
-    figure, rows = FIGURES[args.figure](args, device)
-    rows = [{k: v.item() if hasattr(v, "item") else v for k, v in row.items()} for row in rows]
     for path in filter(None, (args.out, args.csv)):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.out, dpi=100)
-    print(table(rows))
-    if args.csv:
-        with open(args.csv, "w", newline="") as file:
-            writer = csv.DictWriter(file, [*dict.fromkeys(k for row in rows for k in row)])
-            writer.writeheader()
-            writer.writerows(rows)
+    figure, rows = FIGURES[args.figure][0](args, device)
+    if figure:
+        figure.savefig(args.out, dpi=100)
+    print_table(rows, args.csv)
     print(f"{args.out} is the figure")
+
+
+def parse_args(argv=None):
+    """The paper's settings of the figure by default; smaller images without --data."""
+    parser = Parser(description="Draw what pre-trained backbones have learnt; with the figure "
+                    "detections --weights are fine-tuned checkpoints, with curves folders of runs.")
+    parser.add_argument("figure", choices=[*FIGURES])
+    add_backbone_arguments(parser)
+    add = parser.add_argument
+    add("--data", help="folder of images, any layout (default: built-in scenes)")
+    add("--dataset", choices=["voc", "coco"], help="layout of a --data that has annotations")
+    add("--split", nargs="+", help="of --dataset, as finetune_fasterrcnn.py names them")
+    add("--images", type=whole(1), help="how many are measured, drawn by --seed")
+    add("--rows", type=whole(1), help="how many of them are drawn")
+    add("--size", type=whole(32), help="side of an image in pixels; similarity and views ignore it")
+    add("--level", choices=LEVELS, help="of the backbone (default: the paper's)")
+    add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
+    add("--out", help="picture to write, .png, .jpg, .pdf or .svg (default: runs/FIGURE.png)")
+    add("--csv", metavar="FILE", help="keep the numbers too")
+    known = parser.parse_known_args(argv)[0]
+    _, level, images, rows = FIGURES[known.figure]
+    side, scene_side = (224, 96) if known.figure == "retrieval" else (448, 192)
+    parser.set_defaults(level=level, images=images, rows=rows, out=f"runs/{known.figure}.png",
+                        size=side if known.data else scene_side, classes=None,
+                        arch=["resnet50" if known.data else "resnet18"])
+    args = parser.parse_args(argv)
+    if Path(args.out).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+        parser.error(f"--out {args.out}: no .png, .jpg, .pdf or .svg")
+    no_dataset = args.split and not args.dataset and args.figure != "detections"  # has its own
+    if no_dataset or (args.dataset and not args.data):
+        parser.error("--split needs --dataset, and --dataset needs --data, a folder")
+    return args
 
 
 def main(argv=None):
     """The command."""
-    launch(run, parse_args(argv))
+    launch(visualize, parse_args, argv)
 
 
 if __name__ == "__main__":

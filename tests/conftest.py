@@ -1,4 +1,5 @@
-"""Puts the project's folder on the path, and gives the tests small image folders of their own."""
+"""What the tests share: folders of images, processes as a user and torchrun start them, a tiny run
+of each command, and comparisons."""
 import csv
 import importlib
 import multiprocessing
@@ -6,24 +7,41 @@ import os
 import resource
 import shutil
 import socket
-
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
+import time
 from contextlib import contextmanager
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests compare float32 on CPUs, also beside a GPU
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
-torch.set_num_threads(1)  # beside other load, a test with two threads took ten times as long
+torch.set_num_threads(1)  # with two threads and other load, tests took ten times as long
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+
+# A run of seconds of each command: script and flags
+MOCO = ("moco_v2.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
+        "--dim 16 --bn-groups 2 --log-every 2").split()
+DETCO = ["detco.py", *MOCO[1:], "--local-size", "54"]
+DUPR = ["dupr.py", *MOCO[1:], "--roi-size", *"2222", "--patch-keys", "6", "--rand-augment"]
+SOCO = ("soco.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --small-size 32 "
+        "--fpn-channels 8 --hidden 24 --dim 16 --log-every 2").split()
+BARLOW = ("barlow_twins.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --dim 16 "
+          "--log-every 2").split()
+VICREG = ["vicreg.py", *BARLOW[1:]]
+DETECTOR = ("finetune_fasterrcnn.py --train-scenes 12 --test-scenes 4 --iterations 9 "
+            "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 --log-every 2").split()
+
+
+# ------------------------------------------------------------------------------- images and folders
 
 
 def make_photos(folder, number, size=(80, 60), seed=0):
@@ -36,6 +54,13 @@ def make_photos(folder, number, size=(80, 60), seed=0):
     return folder
 
 
+def coordinates(width, height):
+    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
+    x = torch.arange(width).expand(height, width)
+    y = torch.arange(height).unsqueeze(1).expand(height, width)
+    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+
+
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory):
     return make_photos(tmp_path_factory.mktemp("photos"), 120)
@@ -43,8 +68,7 @@ def photos(tmp_path_factory):
 
 @contextmanager
 def folder():
-    """In memory where there is room, and removed after its test: a suite writes 8 GB, and each
-    checkpoint waits for the disk."""
+    """A temporary folder: in memory if there is room, as the suite writes gigabytes."""
     room = os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 2 ** 32
     with tempfile.TemporaryDirectory(dir="/dev/shm" if room else None) as name:
         yield Path(name)
@@ -56,36 +80,7 @@ def tmp_path():
         yield path
 
 
-# Tests marked `beside` only wait for processes of their own: a thread runs them beside the others,
-# from the start, and what became of them is asked for at the end.
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "beside: waits for processes of its own alone")
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.get_closest_marker("beside") is not None)
-
-
-def pytest_collection_finish(session):
-    thread = ThreadPoolExecutor(1)
-    for item in session.items:
-        if item.get_closest_marker("beside") and not session.config.option.collectonly:
-            parameters = getattr(item, "callspec", None)
-            item.beside = thread.submit(_beside, item.function,
-                                        parameters.params if parameters else {})
-
-
-def _beside(test, parameters):
-    with folder() as path:
-        test(tmp_path=path, **parameters)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_pyfunc_call(pyfuncitem):
-    if hasattr(pyfuncitem, "beside"):
-        pyfuncitem.beside.result()
-        return True
+# ---------------------------------------------------------------------------------------- processes
 
 
 def start_processes(function, args, processes):
@@ -94,8 +89,18 @@ def start_processes(function, args, processes):
     torch.multiprocessing.start_processes(function, args, processes, start_method="forkserver")
 
 
+@contextmanager
+def process_group(number, processes, folder):
+    """In a function for start_processes: join the others, which meet in a file in ``folder``."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=number,
+                            world_size=processes)
+    yield
+    dist.destroy_process_group()
+
+
 def _main(script, words, environment, log, file_size):
-    multiprocessing.set_start_method("fork", force=True)  # of the loading processes, as elsewhere
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as elsewhere
     os.environ.update(environment)
     log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1), os.dup2(log, 2)
@@ -124,17 +129,22 @@ def fork(script, *words, log, processes=1, file_size=0):
     return started
 
 
-def coordinates(width, height):
-    """An image (3, H, W) uint8 whose pixels hold their own x and y."""
-    x = torch.arange(width).expand(height, width)
-    y = torch.arange(height).unsqueeze(1).expand(height, width)
-    return torch.stack([x, y, torch.zeros_like(x)]).to(torch.uint8)
+def until(condition, processes, seconds=60):
+    """Wait for a condition, while all of the processes live."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
+        time.sleep(0.001)
 
 
-def column(folder, name):
-    """A column of a run's log, as text."""
-    with open(folder / "log.csv", newline="") as file:
-        return [row[name] for row in csv.DictReader(file)]
+def ended(processes, seconds=120):
+    """Wait for the end of each -> their exit statuses; one that does not end is killed: None."""
+    for process in processes:
+        process.join(seconds)
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
 
 
 def command(*words, processes=0, **kwargs):
@@ -154,3 +164,39 @@ def run(*words, processes=0):
     process = command(*words, processes=processes)
     out, err = process.communicate(timeout=300)
     return process.returncode, out, err
+
+
+# -------------------------------------------------------------------------------------- comparisons
+
+
+def column(folder, name):
+    """A column of a run's log, as text."""
+    with open(folder / "log.csv", newline="") as file:
+        return [row[name] for row in csv.DictReader(file)]
+
+
+def refusal(main, words):
+    """The one line with which main(words), in this process, refuses its input."""
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    line = caught.value.code
+    assert isinstance(line, str) and line.startswith("error: ")
+    assert "\n" not in line and len(line) < 400
+    return line
+
+
+def assert_identical(a, b, path="checkpoint"):
+    """The same containers with the same content, bit for bit."""
+    assert type(a) is type(b), path
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), path
+        for key in a:
+            assert_identical(a[key], b[key], f"{path}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), path
+        for i, (x, y) in enumerate(zip(a, b)):
+            assert_identical(x, y, f"{path}[{i}]")
+    elif torch.is_tensor(a):
+        assert a.dtype == b.dtype and torch.equal(a, b), path
+    else:
+        assert a == b, path

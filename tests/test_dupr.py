@@ -1,35 +1,38 @@
-import copy
+"""DUPR's overlap, equations and heads.  What is true of every method is in test_methods.py."""
 import math
 from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
-import torchvision
-from conftest import column, coordinates, start_processes
-from torch.nn.parallel import DistributedDataParallel
+import torch.nn.functional as F
+from conftest import column, coordinates
+from test_detco import Plain, assert_gradients, literal
 from torchvision.ops import roi_align
 
 import common
 import dupr
-import moco_v2
 from common import View
-from scenes import Scenes
+from plumbing.weights import load_backbone, load_checkpoint
 
-SMALL = dict(arch="resnet18", dim=16, queue_size=24, m=0.9, tau=0.2, bn_groups=2,
-             roi_size=(3, 2, 3, 2), patch_keys=6)
-ALPHA, BETA = (0.1, 0.4, 0.7, 1.0), (0.0, 0.0, 1.0, 1.0)
+ALPHA = (0.1, 0.4, 0.7, 1.0)
 BOXES_Q = [[0, 0, 60, 40], [10, 5, 50, 45], [0, 0, 20, 20], [30, 30, 90, 80]]
 BOXES_K = [[20, 10, 80, 50], [10, 5, 50, 45], [20, 0, 40, 20], [0, 10, 50, 60]]  # the third: apart
 
 
-def batch(number=4):
-    """Two views of 64 pixels, of which every fourth pair does not overlap."""
+def small(**options):
+    return dupr.DUPR(**{**dict(arch="resnet18", dim=16, queue_size=24, m=0.9, tau=0.2, bn_groups=2,
+                               roi_size=(3, 2, 3, 2), patch_keys=6), **options})
+
+
+def batch(number=4, apart=()):
+    """Two views of 64 pixels.  The third of every four pairs does not overlap, nor do those of the
+    images ``apart``."""
     views = []
     for boxes, flips in ((BOXES_Q, [0, 1, 0, 1]), (BOXES_K, [1, 1, 1, 0])):
         by = number // 4
         views.append(View(torch.randn(number, 3, 64, 64), torch.tensor(boxes * by).float(),
                           torch.tensor(flips * by).bool()))
+    views[1].box[[*apart]] += 1000
     return views
 
 
@@ -44,15 +47,6 @@ def test_intersection_by_hand():
     assert not dupr.intersect(*far)[1].any() and not dupr.intersect(*far[::-1])[1].any()
     corner = torch.tensor([[5., 5, 8, 8]])
     assert not dupr.intersect(far[0], corner)[1].any()
-
-
-def test_into_view_by_hand():
-    box = torch.tensor([[20., 10, 60, 40]] * 2)
-    view = torch.tensor([[10., 0, 90, 40]] * 2)  # 80 x 40 pixels, shown as 224 x 224
-    found = dupr.into_view(box, view, torch.tensor([False, True]), 224)
-    assert found.tolist() == [[28, 56, 140, 224], [84, 56, 196, 224]]
-    whole = dupr.into_view(view, view, torch.tensor([True, False]), 10)
-    assert whole.tolist() == [[0, 0, 10, 10]] * 2
 
 
 def test_region_similarity_is_the_mean_over_positions():
@@ -74,7 +68,7 @@ def test_region_similarity_is_the_mean_over_positions():
 def test_a_position_reads_the_same_place_in_both_views(width, height, size, roi_size):
     torch.manual_seed(0)
     args = dupr.parse_args(f"--data x --image-size {size}".split())
-    drawn = [dupr.two_views(coordinates(width, height), args) for _ in range(200)]
+    drawn = [dupr.cut_views(coordinates(width, height), args) for _ in range(200)]
     view_q, view_k = torch.utils.data.default_collate(drawn)
     where_q, where_k, valid = dupr.overlap(view_q, view_k)
     assert 150 < valid.sum() and len({*view_q.flipped.tolist()}) == 2
@@ -123,7 +117,7 @@ def test_rand_augment_moves_nothing():
     for views, more in ((plain, []), (changed, ["--rand-augment"])):
         args = dupr.parse_args(["--data", "x", "--image-size", "32", *more])
         torch.manual_seed(0)
-        views.extend(dupr.two_views(torch.randint(256, (3, 60, 60), dtype=torch.uint8), args))
+        views.extend(dupr.cut_views(torch.randint(256, (3, 60, 60), dtype=torch.uint8), args))
     assert all(torch.equal(a.box, b.box) and a.flipped == b.flipped
                for a, b in zip(plain, changed))
     assert not any(torch.equal(a.pixels, b.pixels) for a, b in zip(plain, changed))
@@ -135,47 +129,22 @@ def test_rand_augment_moves_nothing():
 # ------------------------------------------------------------------ the losses, from the equations
 
 
-class Plain:
-    """An Encoder's weights in torchvision's own ResNet-18 with ordinary batch norm; RoI Align and
-    heads written out, for the images of each of ``groups`` GPUs apart."""
-
-    def __init__(self, encoder, groups):
-        self.resnet = torchvision.models.resnet18()
-        self.resnet.load_state_dict(encoder.stages.state_dict(), strict=False)
-        self.image_heads = copy.deepcopy(encoder.image_heads)
-        self.patch_heads = copy.deepcopy(encoder.patch_heads)
-        self.roi_size, self.groups = encoder.roi_size, groups
-
-    def named_parameters(self):
-        """Under the names that the Encoder has for them."""
-        yield from ((f"stages.{n}", p) for n, p in self.resnet.named_parameters() if "fc" not in n)
-        yield from ((f"image_heads.{n}", p) for n, p in self.image_heads.named_parameters())
-        yield from ((f"patch_heads.{n}", p) for n, p in self.patch_heads.named_parameters())
-
-    @staticmethod
-    def head(head, vector):
-        first, _, second = head
-        h = (first.weight.flatten(1) @ vector + first.bias).clamp(min=0)
-        z = second.weight.flatten(1) @ h + second.bias
-        return z / z.square().sum().sqrt()
+class PlainWithBoxes(Plain):
+    """With RoI Align of each image apart."""
 
     def embed(self, view, boxes):
         """boxes: for each image its overlap in the source's pixels, or None.
         -> for each level the (B,) image embeddings; for Res4, Res5 those of positions, by image."""
-        images, patches, r = [[] for _ in range(4)], [[], []], self.resnet
+        images, patches = [[] for _ in range(4)], [[], []]
         for number, part in enumerate(view.pixels.chunk(self.groups)):
-            f2 = r.layer1(r.maxpool(r.relu(r.bn1(r.conv1(part)))))
-            f3 = r.layer2(f2)
-            f4 = r.layer3(f3)
-            stages = [f2, f3, f4, r.layer4(f4)]
+            stages = self.stages(part)
             for b in range(len(part)):
                 i = number * len(part) + b
-                for level in range(4):
-                    pooled = stages[level][b].mean((1, 2))
-                    images[level].append(self.head(self.image_heads[level], pooled))
-                for j, level in enumerate((2, 3)):
+                for level, head in enumerate(self.encoder.image_heads):
+                    images[level].append(self.head(head, stages[level][b].mean((1, 2))))
+                for j, (level, head) in enumerate(zip((2, 3), self.encoder.patch_heads)):
                     patches[j].append(self.positions(stages[level][b:b + 1], view, i, boxes[i],
-                                                     self.roi_size[level], self.patch_heads[j]))
+                                                     self.encoder.roi_size[level], head))
         return images, patches
 
     def positions(self, features, view, i, box, size, head):
@@ -196,13 +165,12 @@ class Plain:
         return rows
 
 
-def literal(q, k, negatives, tau):
-    """Eq. (7) and (8), of one query."""
-    positive = torch.exp(torch.dot(q, k) / tau)
-    everyone = positive
-    for n in negatives:
-        everyone = everyone + torch.exp(torch.dot(q, n) / tau)
-    return -torch.log(positive / everyone)
+def test_patch_loss_is_a_scaled_mean_over_positions():
+    torch.manual_seed(0)
+    q, k, negatives = F.normalize(torch.randn(3, 6, 8), dim=2)
+    expected = 0.5 * literal(q, k, negatives, 0.2)
+    torch.testing.assert_close(dupr.patch_loss(q, k, negatives, 0.2, 0.5), expected)
+    assert dupr.patch_loss(q[:0], k[:0], negatives, 0.2, 0.0) == 0
 
 
 def literal_losses(model, encoder_q, encoder_k, view_q, view_k, order):
@@ -216,40 +184,23 @@ def literal_losses(model, encoder_q, encoder_k, view_q, view_k, order):
         v_2, r_2 = encoder_k.embed(moved, [boxes[i] for i in order.tolist()])
     back = [order.tolist().index(b) for b in range(len(order))]
     v_2, r_2 = ([[level[i] for i in back] for level in levels] for levels in (v_2, r_2))
-    image, patch = [], []
-    for level in range(4):
-        negatives = model.queues[level].keys
-        terms = [literal(q, k, negatives, model.tau) for q, k in zip(v_1[level], v_2[level])]
-        image.append(sum(terms) / len(terms))
-    for level in range(2):
-        negatives = model.queues[4 + level].keys
-        terms = [literal(q, k, negatives, model.tau)
-                 for queries, keys in zip(r_1[level], r_2[level]) if queries is not None
-                 for q, k in zip(queries, keys)]
-        patch.append(sum(terms) / len(terms))
+    image = [literal(v_1[level], v_2[level], model.queues[level].keys, model.tau)
+             for level in range(4)]
+    r_q, r_k = ([[position for positions in level if positions is not None
+                  for position in positions] for level in levels] for levels in (r_1, r_2))
+    patch = [literal(r_q[level], r_k[level], model.queues[4 + level].keys, model.tau)
+             for level in range(2)]
     return image, patch, v_2, r_2
-
-
-def assert_gradients(expected, encoder, loss, model):
-    names, parameters = zip(*encoder.named_parameters())
-    gradients = dict(zip(names, torch.autograd.grad(expected, parameters, retain_graph=True,
-                                                    allow_unused=True)))
-    for p in model.parameters():
-        p.grad = None
-    loss.backward()
-    assert all(p.grad is None for p in model.encoder_k.parameters())
-    for name, p in model.encoder_q.named_parameters():
-        found, wanted = (torch.zeros_like(p) if g is None else g for g in (p.grad, gradients[name]))
-        assert (found - wanted).norm() <= 1e-3 * wanted.norm() + 1e-7, name
 
 
 def test_every_loss_equals_the_equations():
     torch.manual_seed(0)
-    model, (view_q, view_k) = dupr.DUPR(**SMALL), batch()
+    model, (view_q, view_k) = small(), batch()
     with torch.no_grad():
         for p in model.encoder_k.parameters():
             p.add_(0.02 * torch.randn_like(p))
-    encoder_q, encoder_k = Plain(model.encoder_q, 2), Plain(model.encoder_k, 2)
+    encoder_q, encoder_k = (PlainWithBoxes(encoder, 2)
+                            for encoder in (model.encoder_q, model.encoder_k))
     torch.manual_seed(5)
     order = torch.randperm(4)
     image, patch, v_2, r_2 = literal_losses(model, encoder_q, encoder_k, view_q, view_k, order)
@@ -279,42 +230,9 @@ def test_every_loss_equals_the_equations():
         assert_gradients(term, encoder_q, model(view_q, view_k)[0], model)
 
 
-def test_keys_come_unshuffled_from_the_momentum_encoder():
-    torch.manual_seed(0)
-    model, (view_q, view_k) = dupr.DUPR(**{**SMALL, "bn_groups": 1}), batch(8)
-    _, where, valid = dupr.overlap(view_q, view_k)
-
-    def keys():
-        return common.shuffled(model.encoder_k, view_k.pixels, *where)
-
-    before, direct = keys(), model.encoder_k(view_k.pixels, *where)  # in one group: in any order
-    for a, b in zip(before, direct):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(a.norm(dim=-1), torch.ones(a.shape[:-1]))
-    assert [tuple(k.shape) for k in before] == [(8, 16)] * 4 + [(8, 9, 16), (8, 4, 16)]
-    with torch.no_grad():
-        for p in model.encoder_q.parameters():
-            p.add_(0.1 * torch.randn_like(p))
-    for a, b in zip(before, keys()):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
-    common.momentum_update(model.encoder_q, model.encoder_k, 0.5)
-    for a, b in zip(before, keys()):
-        assert (a - b)[valid].abs().max() > 1e-3
-
-
-def test_gradients_reach_all_of_the_query_encoder_and_nothing_else():
-    torch.manual_seed(0)
-    model = dupr.DUPR(**SMALL)
-    loss, keys, parts = model(*batch())
-    loss.backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.encoder_q.parameters())
-    assert all(p.grad is None for p in model.encoder_k.parameters())
-    assert not any(t.requires_grad for t in [*keys, *parts.values(), *model.buffers()])
-
-
 def test_pairs_without_overlap_have_no_patch_loss():
     torch.manual_seed(0)
-    model, (view_q, view_k) = dupr.DUPR(**{**SMALL, "bn_groups": 1}), batch()
+    model, (view_q, view_k) = small(bn_groups=1), batch()
     torch.manual_seed(1)
     _, _, before = model(view_q, view_k)
     box = view_k.box.clone()
@@ -338,10 +256,10 @@ def test_pairs_without_overlap_have_no_patch_loss():
 
 def test_pushed_patch_keys_come_from_anywhere_in_pairs_that_overlap():
     torch.manual_seed(0)
-    model, seen = dupr.DUPR(**SMALL, alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1)), set()
+    model, seen = small(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1)), set()
     k = [torch.arange(5 * 4.0).view(5, 4, 1)]  # each position its own key
     for _ in range(200):
-        (drawn,) = model.chosen(k, torch.tensor([True, False, True, True, False]), 6)
+        (drawn,) = model.choose_keys(k, torch.tensor([True, False, True, True, False]), 6)
         assert len({*drawn.flatten().tolist()}) == 6
         seen |= {*drawn.flatten().tolist()}
     assert seen == {*range(0, 4), *range(8, 16)}
@@ -349,11 +267,10 @@ def test_pushed_patch_keys_come_from_anywhere_in_pairs_that_overlap():
 
 def test_chunks_do_not_change_the_patch_loss(monkeypatch):
     torch.manual_seed(0)
-    model, views = dupr.DUPR(**SMALL), batch()
+    model, views = small(), batch()
     found = []
     for chunk in (None, 5):
-        monkeypatch.setattr(dupr, "info_nce",
-                            lambda *qknt, chunk=chunk: common.info_nce(*qknt, chunk=chunk))
+        monkeypatch.setattr(dupr, "info_nce", partial(common.info_nce, chunk=chunk))
         torch.manual_seed(1)
         loss, _, _ = model(*views)
         model.zero_grad()
@@ -377,7 +294,6 @@ def test_sizes_of_the_paper():
     encoder = model.encoder_q
     numbers = [count(m) for m in (encoder.stages, encoder.image_heads, encoder.patch_heads)]
     assert numbers == [23_508_032, 8_921_600, (1024 + 2048) * 2048 + 2 * (2048 + 2048 * 128 + 128)]
-    assert all(f"{number:,}" in dupr.__doc__ for number in numbers)
     assert [h[0].weight.shape for h in encoder.patch_heads] == [(2048, 1024, 1, 1),
                                                                 (2048, 2048, 1, 1)]
     assert encoder.roi_size[2:] == (14, 7)
@@ -385,23 +301,9 @@ def test_sizes_of_the_paper():
     assert tuple(weight for _, _, weight in model.losses[:4]) == ALPHA
 
 
-def test_defaults_are_the_papers_unless_scenes_are_used():
-    args = vars(dupr.parse_args(["--data", "somewhere"]))
-    paper = dict(arch="resnet50", epochs=200, batch_size=256, lr=0.06, weight_decay=1e-4, dim=128,
-                 image_size=224, crop_scale=0.2, queue_size=65536, momentum=0.999, tau=0.2,
-                 bn_groups=8, p_blur=0.5, alpha=[*ALPHA], beta=[*BETA], patch_keys=32,
-                 rand_augment=False)
-    assert {k: args[k] for k in paper} == paper and args["roi_size"][2:] == [14, 7]
-    assert dupr.parse_args(["--data", "x", "--rand-augment"]).tau == 0.15
-    assert dupr.parse_args(["--data", "x", "--rand-augment", "--tau", "0.3"]).tau == 0.3
-    small = dupr.parse_args([])
-    assert small.arch == "resnet18" and small.queue_size < 4000 and small.lr == 0.06
-    assert small.alpha == [*ALPHA] and small.beta == [*BETA]
-
-
 def test_a_level_of_weight_0_costs_nothing():
     torch.manual_seed(0)
-    model = dupr.DUPR(**SMALL, alpha=(0, 0.5, 0, 0), beta=(1, 0, 0, 0))
+    model = small(alpha=(0, 0.5, 0, 0), beta=(1, 0, 0, 0))
     assert len(model.queues) == 2
     assert len(model.encoder_q.image_heads) == len(model.encoder_q.patch_heads) == 1
     for encoder in (model.encoder_q, model.encoder_k):
@@ -413,153 +315,26 @@ def test_a_level_of_weight_0_costs_nothing():
     assert [len(k) for k in keys] == [4, 6]
     assert {n for n, p in model.encoder_q.named_parameters() if p.grad is not None} == \
         {n for n, p in model.encoder_q.named_parameters() if p.requires_grad}
-    patches = dupr.DUPR(**SMALL, alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1))  # Table VII (c)
+    patches = small(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1))  # Table VII (c)
     loss, _, parts = patches(*batch())
     assert loss == parts["patch_res5"] and "image_chance" not in parts
 
 
-# ---------------------------------------------------------------------- two processes, one process
-
-
-def one_step(model, views):
-    torch.manual_seed(3 + common.rank())  # what rank 0 draws is what counts
-    loss, keys, _ = model(*views)
-    loss.backward()
-    plain = getattr(model, "module", model)
-    for queue, k in zip(plain.queues, keys):
-        queue.push(k)
-    return loss.detach(), plain
-
-
-def half(number, path):
-    """Process ``number`` of two: half of the batch, half of the groups."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=number, world_size=2)
-    everything = torch.load(path / "in.pt", weights_only=True)
-    results = []
-    for state, views in everything:
-        model = dupr.DUPR(**{**SMALL, "bn_groups": 1})
-        model.load_state_dict(state)
-        loss, plain = one_step(DistributedDataParallel(model, broadcast_buffers=False),
-                               [View(*(each[4 * number:4 * number + 4] for each in view))
-                                for view in views])
-        for queue in plain.queues:
-            queues = common.all_gather(queue.keys[None])
-            assert torch.equal(queues[0], queues[1])
-        results.append([common.all_gather(loss[None]).mean(),
-                        {n: p.grad for n, p in plain.encoder_q.named_parameters()},
-                        plain.queues.state_dict()])
-    if number == 0:
-        torch.save(results, path / "out.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one_with_the_same_groups(tmp_path):
-    """Also where the processes have other numbers of overlapping pairs, or one, or both, none."""
-    torch.manual_seed(0)
-    model, everything = dupr.DUPR(**SMALL), []
-    for apart in ([], [1, 3, 4], [0, 1, 2, 3], [*range(8)]):
-        views = batch(8)
-        views[1].box[apart] += 1000
-        everything.append([model.state_dict(), [tuple(view) for view in views]])
-    torch.save(everything, tmp_path / "in.pt")
-    start_processes(half, (tmp_path,), 2)
-    results = torch.load(tmp_path / "out.pt", weights_only=True)
-    for (state, views), (loss, found, queues) in zip(everything, results):
-        single = copy.deepcopy(model)
-        expected, _ = one_step(single, [View(*view) for view in views])
-        torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
-        for name, p in single.encoder_q.named_parameters():
-            assert (found[name] - p.grad).norm() <= 1e-4 * p.grad.norm() + 1e-7, name
-        for name, value in single.queues.state_dict().items():
-            torch.testing.assert_close(queues[name], value, atol=1e-5, rtol=0)
-    assert results[0][2]["4.oldest"] == 6 and results[3][2]["4.oldest"] == 0
-
-
-# ------------------------------------------------------------------------------------- whole runs
-
-
-TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --queue-size 40 --bn-groups 2 "
-        "--workers 0 --lr 0.05 --log-every 1 --dim 16").split()
-
-
-def test_with_the_last_image_loss_alone_it_is_moco(tmp_path):
-    torch.set_num_threads(1)
-    moco_v2.main([*TINY, "--out", str(tmp_path / "moco")])
-    dupr.main([*TINY, "--alpha", *"0001", "--beta", *"0000", "--out", str(tmp_path / "dupr")])
-    losses = column(tmp_path / "moco", "loss")
-    assert len(losses) == 4 and losses == column(tmp_path / "dupr", "loss")  # to the last digit
-    a, b = (common.load_checkpoint(tmp_path / n / "backbone.pt") for n in ("moco", "dupr"))
-    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def test_a_run_written_out(tmp_path):
-    """The queues' filling, the views' colours and rectangles, updates and pushes."""
-    torch.set_num_threads(1)
-    words = [*TINY, "--roi-size", *"2222", "--p-blur", "0.5", "--patch-keys", "5", "--epochs", "1"]
-    dupr.main([*words, "--out", str(tmp_path)])
-    args = dupr.parse_args(words)
-    torch.manual_seed(0)
-    model = dupr.DUPR("resnet18", 16, 40, args.momentum, args.tau, 2, roi_size=(2, 2, 2, 2),
-                      patch_keys=5).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), 0.0, 0.9, weight_decay=1e-4)
-
-    def batches(steps):
-        loader = common.load_batches(Scenes(40, size=96, seed=0),
-                                     partial(dupr.two_views, args=args), 16, steps, 0, 0)
-        for step, (q, k) in zip(steps, loader):
-            torch.manual_seed(common.seed_for(0, step, 0))
-            pixels = [common.photometric(view.pixels, p_blur=0.5) for view in (q, k)]
-            yield step, View(pixels[0], q.box, q.flipped), View(pixels[1], k.box, k.flipped)
-
-    @torch.no_grad()
-    def push(keys, number):
-        assert [len(k) for k in keys] == [16] * 4 + [number] * 2
-        for queue, of_level in zip(model.queues, keys):
-            for key in of_level:
-                queue.keys[queue.oldest] = key
-                queue.oldest.copy_((queue.oldest + 1) % 40)
-
-    for _, q, k in batches(range(2, 5)):  # 40 keys, of three batches
-        where_q, where_k, valid = dupr.overlap(q, k)
-        keys = common.shuffled(model.encoder_k, k.pixels, *where_k)
-        push(model.chosen(keys, valid, 16), 16)
-    losses = []
-    for step, q, k in batches(range(2)):
-        optimizer.param_groups[0]["lr"] = 0.05 * 16 / 256 * (1 + math.cos(math.pi * step / 2)) / 2
-        loss, keys, _ = model(q, k)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        for a, b in zip(model.encoder_q.parameters(), model.encoder_k.parameters()):
-            b.data = args.momentum * b + (1 - args.momentum) * a.detach()
-        push(keys, 5)
-        losses.append(loss.item())
-    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-5)
-    found = common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
-    for name, value in model.state_dict().items():  # the steps amplify what sums of floats differ
-        torch.testing.assert_close(found[name], value, atol=3e-3, rtol=1e-3)
+def test_tau_of_the_main_experiments():
+    assert dupr.parse_args(["--data", "x", "--rand-augment"]).tau == 0.15
+    assert dupr.parse_args(["--data", "x", "--rand-augment", "--tau", "0.3"]).tau == 0.3
 
 
 def test_a_run_with_other_flags(tmp_path):
-    dupr.main([*TINY, "--roi-size", *"2231", "--alpha", *"0002", "--beta", *"0110",
-               "--rand-augment", "--patch-keys", "5", "--out", str(tmp_path)])
+    flags = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --queue-size 40 --bn-groups 2 "
+             "--workers 0 --lr 0.05 --log-every 1 --dim 16 --roi-size 2 2 3 1 --alpha 0 0 0 2 "
+             "--beta 0 1 1 0 --rand-augment --patch-keys 5")
+    dupr.main([*flags.split(), "--out", str(tmp_path)])
     total = [w * float(column(tmp_path, n)[0])
              for n, w in (("image_res5", 2), ("patch_res3", 1), ("patch_res4", 1))]
     assert float(column(tmp_path, "loss")[0]) == pytest.approx(sum(total), rel=1e-5)
-    state = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["method"] == "dupr" and state["args"]["tau"] == 0.15
     assert state["model"]["queues.0.oldest"] == (3 * 16 + 4 * 16) % 40
     assert state["model"]["queues.1.oldest"] == (3 * 16 + 4 * 5) % 40
-    common.load_backbone(common.resnet_stages("resnet18"), tmp_path / "backbone.pt")
-
-
-def test_arguments_that_cannot_be(tmp_path):
-    for flags, message in (("--alpha 0 0 0 0 --beta 0 0 0 0", "one weight must be more than 0"),
-                           ("--roi-size 0 1 1 1", "--roi-size [0, 1, 1, 1] is not"),
-                           ("--patch-keys 0", "--patch-keys 0 is not"),
-                           ("--patch-keys 257", "less than the 257 keys"),
-                           ("--queue-size 63", "less than the 64 keys")):
-        with pytest.raises(SystemExit, match="error: ") as error:
-            dupr.main([*flags.split(), "--scenes", "64", "--out", str(tmp_path)])
-        assert message in str(error.value)
+    load_backbone(common.resnet_stages("resnet18"), tmp_path / "backbone.pt")

@@ -1,26 +1,23 @@
-"""Faults as they happen, to real processes and files; stress.py has those that take longer."""
+"""Faults as they happen, to real processes and files: kills, full disks, odd files.  Those that
+take longer are in tools/stress.py."""
 import csv
-import io
 import os
 import pickle
 import re
 import signal
 import tempfile
 import time
-from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import fork, make_photos, start_processes
+from conftest import (BARLOW, DETCO, DUPR, MOCO, SOCO, assert_identical, ended, fork, make_photos,
+                      refusal, start_processes, until)
 from PIL import Image
-from test_runs import BARLOW, DETCO, DUPR, MOCO, SOCO, assert_identical, refusal
 from torch.utils._pytree import tree_leaves
 
-import barlow_twins
-import common
 import detco
 import dupr
 import finetune_fasterrcnn
@@ -28,24 +25,10 @@ import linear_probe
 import moco_v2
 import selective_search
 import soco
-import vicreg
 import visualize
-
-
-def until(condition, processes, seconds=60):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert all(p.is_alive() for p in processes) and time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def ended(processes, seconds=60):
-    for process in processes:
-        process.join(seconds)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
+from common import InputError
+from plumbing.images import ImageFolder, load_batches, measure_normalisation, read_image, two_views
+from plumbing.weights import load_checkpoint, save_checkpoint
 
 
 def loaders(process):
@@ -54,118 +37,99 @@ def loaders(process):
             and f"PPid:\t{process.pid}\n" in (p / "status").read_text()]
 
 
-@pytest.mark.beside
-@pytest.mark.parametrize("script, workers, processes", [(BARLOW, 1, 1), (MOCO, 0, 2)])
-def test_killed_twice_ends_bit_identical(tmp_path, script, workers, processes):
-    """Once while a checkpoint is written, once at any moment after the next one."""
-    def start(name, *more):
-        words = [*script, "--epochs", 7, "--workers", workers, "--out", tmp_path / name]
-        return fork(*words, processes=processes, log=tmp_path / "log")
+# -------------------------------------------------------------------------------------------- kills
 
-    whole, killed = start("whole"), start("killed")
-    checkpoint, half = (tmp_path / "killed" / f"checkpoint.pt{end}" for end in ("", ".tmp"))
+
+# a traceback of a loader worker from which the killed process was just taking a batch
+HANDING_OVER = (r'Traceback .*\n  File "\S+/resource_sharer.py", .* in _serve\n'
+                r"(?:  .*\n)+(?:EOF|Connection|BrokenPipe)\w*Error.*")
+
+
+def kill_twice(words, processes, folder):
+    """A run of seven epochs, killed while a checkpoint is written, again at any moment after the
+    next one, and then run to its end, beside an uninterrupted run."""
+    def start(name):
+        return fork(*words, "--epochs", 7, "--out", folder / name, processes=processes,
+                    log=folder / "log")
+
+    killed = start("killed")
+    checkpoint, half = (folder / "killed" / f"checkpoint.pt{end}" for end in ("", ".tmp"))
     until(lambda: checkpoint.exists() and half.exists(), killed)
     for process in killed[::-1]:
         process.kill()
     assert set(ended(killed)) == {-signal.SIGKILL}
-    first = common.load_checkpoint(checkpoint)["step"]  # whole, whatever became of the other
+    first = load_checkpoint(checkpoint)["step"]  # whole, whatever became of the other
     killed = start("killed")
     before = checkpoint.stat().st_mtime_ns
     until(lambda: checkpoint.stat().st_mtime_ns != before, killed)
     time.sleep(0.2 * np.random.default_rng().random())
     killed[-1].kill()  # of two processes the other one follows
     assert ended(killed)[-1] == -signal.SIGKILL
-    assert first < common.load_checkpoint(checkpoint)["step"] < 14
-    assert set(ended([*start("killed"), *whole])) == {0}, (tmp_path / "log").read_text()
-    states = [common.load_checkpoint(tmp_path / name / "checkpoint.pt")
-              for name in ("whole", "killed")]
-    assert states[0]["step"] == 14
-    assert_identical(*states)
-    logs = [[row[:-1] for row in rows] for rows in (  # without images/s
-        list(csv.reader((tmp_path / name / "log.csv").open())) for name in ("whole", "killed"))]
-    assert logs[0] == logs[1]
-    if script is BARLOW:
-        assert {p.name for p in (tmp_path / "killed").iterdir()} == {
-            "args.json", "checkpoint.pt", "curves.png", "lock", "log.csv", "backbone.pt",
-            "correlation.png"}
-    text = (tmp_path / "log").read_text()
-    assert text.count("going on after step") == 2
-    # but for that of a loading process from which the killed one was just taking a batch
-    handing = (r'Traceback .*\n  File "\S+/resource_sharer.py", .* in _serve\n'
-               r"(?:  .*\n)+(?:EOF|Connection|BrokenPipe)\w*Error.*")
-    assert "Traceback" not in re.sub(handing, "", text)
-    assert text.count("another process has ended") == processes - 1
+    assert first < load_checkpoint(checkpoint)["step"] < 14
+    assert set(ended([*start("killed"), *start("whole")])) == {0}, (folder / "log").read_text()
     assert not half.exists()
 
 
-@pytest.mark.beside
-def test_a_signal_to_every_process_is_a_stop_like_any_other(tmp_path):
-    """As a scheduler sends it: to the loading processes too."""
-    words = [*MOCO, "--epochs", 50, "--workers", 2, "--out", tmp_path / "run"]
-    processes = fork(*words, log=tmp_path / "log")
-    until((tmp_path / "run" / "checkpoint.pt").exists, processes)
-    children = loaders(processes[0])
+@pytest.mark.parametrize("words, processes", [([*BARLOW, "--workers", 1], 1),
+                                              ([*MOCO, "--workers", 0], 2)])
+def test_killed_twice_ends_bit_identical(tmp_path, words, processes):
+    kill_twice(words, processes, tmp_path)
+    states = [load_checkpoint(tmp_path / name / "checkpoint.pt") for name in ("whole", "killed")]
+    assert states[0]["step"] == 14
+    assert_identical(*states)
+    logs = [[row[:-1] for row in csv.reader((tmp_path / name / "log.csv").open())]
+            for name in ("whole", "killed")]  # without images/s
+    assert logs[0] == logs[1]
+    files = {p.name for p in (tmp_path / "killed").iterdir()}
+    assert files == {p.name for p in (tmp_path / "whole").iterdir()} >= {"backbone.pt", "log.csv"}
+    text = (tmp_path / "log").read_text()
+    assert text.count("resuming after step") == 2
+    assert "Traceback" not in re.sub(HANDING_OVER, "", text)
+    assert text.count("another process has ended") == processes - 1
+
+
+def test_signals_and_kills_of_workers_and_a_second_run_in_the_folder(tmp_path):
+    """Three runs at once: a SIGTERM to every process of one, as a scheduler sends it; a killed
+    loader worker; and a folder in which a second run starts."""
+    def start(name, workers, *more, log=None):
+        words = [*MOCO, "--epochs", 50, "--workers", workers, "--out", tmp_path / name, *more]
+        return fork(*words, log=tmp_path / f"{log or name}.txt")
+
+    signalled, bereft, first = start("signalled", 2), start("bereft", 2), start("first", 0)
+    for name, processes in (("signalled", signalled), ("bereft", bereft), ("first", first)):
+        until((tmp_path / name / "checkpoint.pt").exists, processes)
+    second = start("first", 0, "--fresh", log="second")
+
+    children = loaders(signalled[0])
     assert len(children) == 2
-    for number in (*children, processes[0].pid):
+    for number in (*children, signalled[0].pid):
         os.kill(number, signal.SIGTERM)
     began = time.monotonic()
-    assert ended(processes) == [128 + signal.SIGTERM] and time.monotonic() - began < 10
-    assert "stopped by SIGTERM" in (tmp_path / "log").read_text()
+    assert ended(signalled) == [128 + signal.SIGTERM] and time.monotonic() - began < 10
+    assert "stopped by SIGTERM" in (tmp_path / "signalled.txt").read_text()
     assert not any(Path(f"/proc/{number}").exists() for number in children)
 
-
-@pytest.mark.beside
-def test_a_killed_loading_process_is_one_line(tmp_path):
-    words = [*MOCO, "--epochs", 50, "--workers", 2, "--out", tmp_path / "run"]
-    processes = fork(*words, log=tmp_path / "log")
-    until((tmp_path / "run" / "checkpoint.pt").exists, processes)
-    os.kill(loaders(processes[0])[0], signal.SIGKILL)  # as the kernel does when memory runs out
-    assert ended(processes) == [1]
-    text = (tmp_path / "log").read_text()
+    os.kill(loaders(bereft[0])[0], signal.SIGKILL)  # as the kernel does when memory runs out
+    assert ended(bereft) == [1]
+    text = (tmp_path / "bereft.txt").read_text()
     assert "Traceback" not in text
     assert re.match(r"error: (DataLoader worker \(pid|another process has ended)",
                     text.splitlines()[-1]), text  # whichever torch notices first
 
-
-@pytest.mark.beside
-def test_two_runs_in_one_folder(tmp_path):
-    words = [*MOCO, "--epochs", 50, "--workers", 0, "--out", tmp_path / "run"]
-    first = fork(*words, log=tmp_path / "first")
-    until((tmp_path / "run" / "checkpoint.pt").exists, first)
-    second = fork(*words, "--fresh", log=tmp_path / "second")
     assert ended(second) == [1]
-    lines = (tmp_path / "second").read_text().splitlines()
+    lines = (tmp_path / "second.txt").read_text().splitlines()
     assert [line for line in lines if not line.startswith("warning")] == [
-        f"error: another run is at work in {tmp_path / 'run'}: wait, or give another --out"]
-    assert (tmp_path / "run" / "checkpoint.pt").exists()
+        f"error: another run is at work in {tmp_path / 'first'}: wait, or give another --out"]
+    assert (tmp_path / "first" / "checkpoint.pt").exists()
     first[0].kill()
     assert ended(first) == [-signal.SIGKILL]
 
 
-@pytest.mark.beside
-def test_no_room_for_a_checkpoint(tmp_path):
-    """A file that may not grow: the old checkpoint stays, the run ends, two processes as one."""
-    words = [*MOCO, "--workers", 0, "--out", tmp_path / "run"]
-    assert ended(fork(*words, "--epochs", 1, log=tmp_path / "log")) == [0]
-    saved = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    state = common.load_checkpoint(tmp_path / "run" / "checkpoint.pt")
-    state["args"]["epochs"] = 3
-    common.save_checkpoint(tmp_path / "run" / "checkpoint.pt", **state)
-    saved = (tmp_path / "run" / "checkpoint.pt").read_bytes()
-    for processes in (1, 2):
-        log = tmp_path / f"log{processes}"
-        again = fork(*words, processes=processes, log=log, file_size=len(saved) // 2)
-        assert ended(again) == [1] * processes
-        lines = log.read_text().splitlines()
-        assert lines[-1].startswith("error: ") and "File too large" in lines[-1]
-        assert "Traceback" not in log.read_text() and log.read_text().count("error: ") == 1
-        assert str(tmp_path / "run") in lines[-1]
-        assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved
-        assert not (tmp_path / "run" / "checkpoint.pt.tmp").exists()
+# ------------------------------------------------------------------------ processes that do not fit
 
 
 NUMBERS = [  # arguments, processes, the line that ends the run, or None where it works
-    ("--batch-size 2 --bn-groups 2", 2, "one value of each channel|needs two images a process"),
+    ("--batch-size 2 --bn-groups 2", 2, "one value of each channel|needs two images per process"),
     ("--batch-size 9 --bn-groups 3 --queue-size 9", 3, None),  # an odd world, a queue of one batch
     ("--batch-size 8 --bn-groups 3", 3, "8 does not divide"),
     ("--batch-size 8 --queue-size 7", 1, "queue size 7 is less than the 8 keys of a step"),
@@ -189,65 +153,44 @@ def assert_ends_with(started, message):
     assert message is None or re.search(message, errors.pop())
 
 
-@pytest.mark.beside
 def test_numbers_that_do_not_go_together_and_some_that_do(tmp_path):
     started = [start_numbers(MOCO, flags, processes, tmp_path) for flags, processes, _ in NUMBERS]
     for each, (_, _, message) in zip(started, NUMBERS):
         assert_ends_with(each, message)
 
 
-# -------------------------------------------------------------------------------------- checkpoints
+# --------------------------------------------------------------------------------------- full disks
 
 
-TINY = [*MOCO[1:], "--epochs", "1", "--workers", "0"]
+def test_no_room_for_a_checkpoint(tmp_path):
+    """A file that may not grow: the old checkpoint stays, the run ends, two processes as one."""
+    words = [*MOCO, "--workers", 0]
+    assert ended(fork(*words, "--epochs", 1, "--out", tmp_path / "1", log=tmp_path / "log")) == [0]
+    state = load_checkpoint(tmp_path / "1" / "checkpoint.pt")
+    state["args"]["epochs"] = 3
+    save_checkpoint(tmp_path / "1" / "checkpoint.pt", state)
+    saved = (tmp_path / "1" / "checkpoint.pt").read_bytes()
+    (tmp_path / "2").mkdir()
+    (tmp_path / "2" / "checkpoint.pt").write_bytes(saved)
+    started = {number: fork(*words, "--out", tmp_path / str(number), processes=number,
+                            log=tmp_path / f"log{number}", file_size=len(saved) // 2)
+               for number in (1, 2)}
+    for number, processes in started.items():
+        assert ended(processes) == [1] * number
+        text, out = (tmp_path / f"log{number}").read_text(), tmp_path / str(number)
+        last = text.splitlines()[-1]
+        assert last.startswith(f"error: {out}: ") and "File too large" in last
+        assert "Traceback" not in text and text.count("error: ") == 1
+        assert (out / "checkpoint.pt").read_bytes() == saved
+        assert not (out / "checkpoint.pt.tmp").exists()
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("finished")
-    moco_v2.main([*TINY, "--out", str(folder)])
-    return (folder / "checkpoint.pt").read_bytes()
-
-
-def changed(state, name, value):
-    """A checkpoint in which one entry is another, or is gone."""
-    state = {**state, "model": {**state["model"]}, "args": {**state["args"]}}
-    place = next(each for each in (state, state["args"], state["model"]) if name in each)
-    place[name] = value
-    if value is None:
-        del place[name]
-    return state
-
-
-@pytest.mark.parametrize("name, value, message", [
-    ("method", "detco", "is a checkpoint of detco, not of moco_v2"),
-    ("queue_size", 32, "queue_size 32 (now 16)"),
-    ("arch", "resnet34", "arch resnet34 (now resnet18"), ("tau", None, "tau None (now 0.2)"),
-    ("args", None, "does not fit: 'args'"), ("step", "two", "does not fit: invalid literal"),
-    ("optimizer", None, "does not fit: 'optimizer'"), ("optimizer", [1], "does not fit: "),
-    ("queue.keys", torch.zeros(32, 16), "does not fit: Error(s) in loading state_dict"),
-    ("queue.keys", None, "does not fit: Error(s) in loading state_dict"),
-])
-def test_a_checkpoint_of_something_else(tmp_path, finished, name, value, message):
-    path = tmp_path / "checkpoint.pt"
-    path.write_bytes(finished)
-    torch.save(changed(common.load_checkpoint(path), name, value), path)
-    before = path.read_bytes()
-    assert message in refusal(moco_v2.main, [*TINY, "--out", tmp_path])
-    assert path.read_bytes() == before
-
-
-def test_a_damaged_checkpoint(tmp_path, finished):
-    path, number = tmp_path / "checkpoint.pt", len(finished)
-    for content in (b"", finished[:number // 2], finished[:-1], finished[1:],
-                    b"no checkpoint"):
-        path.write_bytes(content)
-        assert "holds no tensors that can be read" in refusal(moco_v2.main, [*TINY, "--out",
-                                                                             tmp_path])
-        assert path.read_bytes() == content
+# ---------------------------------------------------------------------------------------- odd files
 
 
 class Malicious:
+    """Its pickle makes a file when it is read."""
+
     def __init__(self, path):
         self.path = path
 
@@ -256,6 +199,7 @@ class Malicious:
 
 
 def test_a_malicious_pickle_does_not_run(tmp_path):
+    """Whichever command reads it."""
     bad, touched = Malicious(tmp_path / "touched"), tmp_path / "touched"
     pickle.loads(pickle.dumps(bad))  # the trap works
     touched.unlink()
@@ -264,24 +208,20 @@ def test_a_malicious_pickle_does_not_run(tmp_path):
                _use_new_zipfile_serialization=False)
     (tmp_path / "bare.pt").write_bytes(pickle.dumps({"model": bad}))
     np.savez(tmp_path / "boxes.npz", names=np.array([bad]), settings="", offsets=[0], boxes=[[0]])
-    (tmp_path / "run").mkdir()
-    for name, main, words in (("zip.pt", moco_v2.main, [*TINY, "--out", tmp_path / "run"]),
-                              ("zip.pt", finetune_fasterrcnn.main, ["--weights"]),
-                              ("old.pt", finetune_fasterrcnn.main, ["--weights"]),
-                              ("bare.pt", finetune_fasterrcnn.main, ["--eval-only"]),
-                              ("old.pt", linear_probe.main, ["--weights"]),
-                              ("bare.pt", visualize.main, ["features", "--weights"])):
-        (tmp_path / "run" / "checkpoint.pt").write_bytes((tmp_path / name).read_bytes())
-        with pytest.raises(SystemExit) as caught:
-            main([*map(str, words), *([str(tmp_path / name)] if "--out" not in words else [])])
-        assert "holds more than tensors" in caught.value.code
+    for folder in ("m", "s"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "m" / "checkpoint.pt").write_bytes((tmp_path / "zip.pt").read_bytes())
+    for main, *words in ((moco_v2.main, *MOCO[1:], "--out", tmp_path / "m"),
+                         (finetune_fasterrcnn.main, "--weights", tmp_path / "zip.pt"),
+                         (finetune_fasterrcnn.main, "--weights", tmp_path / "old.pt"),
+                         (finetune_fasterrcnn.main, "--eval-only", tmp_path / "bare.pt"),
+                         (linear_probe.main, "--weights", tmp_path / "old.pt"),
+                         (visualize.main, "features", "--weights", tmp_path / "bare.pt")):
+        assert "holds more than tensors" in refusal(main, words)
     words = [*SOCO[1:], "--workers", "0", "--out", tmp_path / "s", "--proposals",
              tmp_path / "boxes.npz"]
     assert "holds no proposals: Object arrays cannot be loaded" in refusal(soco.main, words)
     assert not touched.exists()
-
-
-# ------------------------------------------------------------------------------------------- images
 
 
 def make_odd(folder):
@@ -318,56 +258,65 @@ def make_odd(folder):
 
 
 def test_folders_of_odd_images(tmp_path, capsys):
-    """Every method's views of each, in two loading processes; proposals; and what is said."""
+    """Every method's views of each, in two loader workers; proposals; and what is said."""
     broken = make_odd(tmp_path / "data")
-    images = common.ImageFiles(tmp_path / "data")
+    images = ImageFolder(tmp_path / "data")
     assert len(images) == 20 and "loop" not in " ".join(images.names)
-    for module, words in ((moco_v2, MOCO), (detco, DETCO), (dupr, DUPR), (soco, SOCO),
-                          (barlow_twins, BARLOW), (vicreg, BARLOW)):
-        args = module.parse_args(words[1:])
+    for module, words, cut in ((detco, DETCO, detco.cut_views), (dupr, DUPR, dupr.cut_views),
+                               (soco, SOCO, soco.make_views), (moco_v2, MOCO, None)):
         data = soco.Proposed(images, None) if module is soco else images
-        cut = {detco: partial(detco.views, args=args), dupr: partial(dupr.two_views, args=args),
-               soco: partial(soco.make_views, args=args)}.get(module) or partial(
-                   module.two_views, size=32, scale=(0.2, 1.0))
-        batches = [*common.load_batches(data, cut, 10, range(2), 0, workers=2)]
+        draw = (partial(cut, args=module.parse_args(words[1:])) if cut else
+                partial(two_views, size=32, scale=(0.2, 1.0)))  # as Barlow Twins and VICReg
+        batches = [*load_batches(data, draw, 10, range(2), 0, workers=2)]
         pixels = [x for x in tree_leaves(batches) if torch.is_tensor(x) and x.dtype == torch.uint8]
         assert len(pixels) >= 4 and all(x.shape[:2] == (10, 3) for x in pixels)
     assert {images.names[i] for i in images.broken.nonzero().flatten()} == broken
-    with pytest.raises(common.InputError, match="6 of 20 images cannot be decoded: over 1%"):
-        common.measure_normalisation(common.ImageFiles(tmp_path / "data"))
+    said = []
+    with pytest.raises(InputError, match="^6 of 20 images cannot be decoded: over 1%$"):
+        images.report_broken(said.append, "left out")
+    assert len(said) == 6 and not any("\n" in line for line in said)
+    with pytest.raises(InputError, match="6 of 20 images cannot be decoded: over 1%"):
+        measure_normalisation(ImageFolder(tmp_path / "data"))
+    capsys.readouterr()
     selective_search.search(images, tmp_path / "boxes.npz", "single", 64, 2)
     proposals = soco.read_proposals(tmp_path / "boxes.npz")
     assert proposals["names"].tolist() == images.names
     assert "6 cannot be decoded" in capsys.readouterr().out
 
 
-@pytest.mark.beside
-def test_a_broken_image_of_any_name_is_said_in_one_line(tmp_path):
-    make_photos(tmp_path / "data", 120)
-    (tmp_path / "data" / "0007.jpg").unlink()
-    with open(os.fsencode(tmp_path) + b"/data/0007 \xff\n.jpg", "wb"):
-        pass
-    words = [*MOCO, "--data", tmp_path / "data", "--arch", "resnet18", "--crop-scale", "0.4"]
-    words += ["--epochs", 1, "--batch-size", 40, "--queue-size", 40, "--workers", 1]
-    run = fork(*words, "--out", tmp_path / "a", log=tmp_path / "log")
-    assert ended(run) == [0], (tmp_path / "log").read_text()
-    said = [line for line in (tmp_path / "log").read_text().splitlines() if "cannot" in line]
-    assert len(said) == 1 and "0007 \\udcff\\n.jpg': another image stands in" in said[0]
+def test_a_broken_image_of_any_name_and_nothing_but_broken_images(tmp_path):
+    make_photos(tmp_path / "one", 120)
+    (tmp_path / "one" / "0007.jpg").unlink()
+    (tmp_path / "all").mkdir()
+    for name in (b"one/0007 \xff\n.jpg", *(b"all/%d.png" % i for i in range(50))):
+        with open(os.fsencode(tmp_path) + b"/" + name, "wb"):
+            pass
+    words = [*MOCO, "--arch", "resnet18", "--crop-scale", "0.4", "--epochs", 1, "--batch-size", 40,
+             "--queue-size", 40, "--workers", 1]
+    started = {name: fork(*words, "--data", tmp_path / name, "--out", tmp_path / "runs" / name,
+                          log=tmp_path / f"{name}.txt") for name in ("one", "all")}
+    assert ended(started["all"]) == [1]
+    line = (tmp_path / "all.txt").read_text().splitlines()[-1]
+    assert line.startswith("error: none of the 50 images can be decoded: cannot identify image ")
+    assert ended(started["one"]) == [0]
+    said = [line for line in (tmp_path / "one.txt").read_text().splitlines() if "cannot" in line]
+    assert len(said) == 1 and said[0].count("0007 \\udcff\\n.jpg'") == 2  # the name, the reason
+    assert said[0].endswith(": another image takes its place (1 of 120 so far)")
 
 
 def as_another_user(_number, folder):
-    common.read_image(folder / "photos" / "0002.jpg")  # PIL's decoders, from where root may read
+    read_image(folder / "photos" / "0002.jpg")  # PIL's decoders, from where root may read
     if os.geteuid() == 0:  # who may read everything
         os.seteuid(65534)
-    said = io.StringIO()
-    with redirect_stdout(said):
-        images = common.ImageFiles(folder / "photos")
+    images, said = ImageFolder(folder / "photos"), []
     assert len(images) == 8 and images[1].shape == (3, 60, 80)
     assert images.broken.tolist() == [i == 1 for i in range(8)]
-    assert f"cannot list '{folder}/photos/private': left out" in said.getvalue()
+    with pytest.raises(InputError):
+        images.report_broken(said.append, "left out")
+    assert "([Errno 13] Permission denied: " in said[0]
     if os.geteuid() != 65534:
         folder.chmod(0o555)
-    assert "Permission denied" in refusal(moco_v2.main, [*TINY, "--out", folder / "out"])
+    assert "Permission denied" in refusal(moco_v2.main, [*MOCO[1:], "--out", folder / "out"])
 
 
 def test_what_may_not_be_read_or_written():

@@ -9,9 +9,11 @@ import torch.distributed as dist
 from conftest import make_photos, start_processes
 from PIL import Image
 
-from common import InputError, export_backbone, resnet_stages
-from linear_probe import (LEVELS, Labelled, average_precision, extract, fit_softmax,
-                          fit_svm, main, parse_args, presence, svm_objective, svm_scores)
+from common import InputError, resnet_stages
+from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,
+                          softmax_scores, svm_objective, svm_scores)
+from plumbing.images import ImageFiles
+from plumbing.weights import LEVELS, save_tensors
 
 
 def newton(x, y, cost):
@@ -109,13 +111,15 @@ def test_separable_sets_give_one():
     args = parse_args(["--batch-size", "32", "--epochs", "20"])
     y = torch.sign(torch.randn(200, 3))
     x = y @ torch.randn(3, 16) + 0.05 * torch.randn(200, 16)
-    assert svm_scores((x[:120], y[:120]), (x[120:], y[120:]), args) == [1, 1, 1]
+    found = svm_scores((x[:120], y[:120]), (x[120:], y[120:]), ["a", "b", "c"], args)
+    assert found == {"mAP": 1, "a": 1, "b": 1, "c": 1}
     labels = torch.randint(6, (200,))
-    x = [torch.randn(6, 8)[labels] + 0.05 * torch.randn(200, 8), torch.randn(200, 8)]
-    (good, noise) = fit_softmax(([v[:120] for v in x], labels[:120]),
-                                ([v[120:] for v in x], labels[120:]), 6, args, torch.device("cpu"))
-    assert good == [1, 1]
-    assert noise[0] < 0.5 < noise[1]  # five of six classes
+    good = torch.randn(6, 8)[labels] + 0.05 * torch.randn(200, 8)
+    good, noise = (
+        softmax_scores((x[:120], labels[:120]), (x[120:], labels[120:]), [*"abcdef"], args)
+        for x in (good, torch.randn(200, 8)))
+    assert good == {"top-1": 1, "top-5": 1}
+    assert noise["top-1"] < 0.5 < noise["top-5"]  # five of six classes
 
 
 def test_costs_are_chosen_on_the_held_out_fold():
@@ -125,8 +129,8 @@ def test_costs_are_chosen_on_the_held_out_fold():
     x[:, 0] += 0.8 * y[:, 0]
     test = torch.randn(400, 100), torch.sign(torch.randn(400, 1))
     test[0][:, 0] += 0.8 * test[1][:, 0]
-    (small,), (large,), (chosen,) = (
-        svm_scores((x, y), test, parse_args(["--costs", *costs]))
+    small, large, chosen = (
+        svm_scores((x, y), test, ["a"], parse_args(["--costs", *costs]))["a"]
         for costs in (["0.1"], ["10000"], ["10000", "0.1"]))
     assert small > large + 0.02 and chosen == small
 
@@ -138,15 +142,16 @@ def test_features_are_the_means_of_the_stages(tmp_path):
                        "--batch-size", "2", "--levels", "res5", "res2"])
     paths = [str(p) for p in sorted(photos.iterdir())]
     stages = resnet_stages("resnet18").eval()
-    data = Labelled(paths, torch.arange(5), ["a"], args)
-    found, rows = extract(stages, data, args, torch.device("cpu"), "x")
-    assert rows.tolist() == [0, 1, 2, 3, 4] and [f.shape for f in found] == [(5, 512), (5, 64)]
+    data = Labelled(ImageFiles(paths), torch.arange(5), ["a"], args)
+    found = extract(stages, data, args, torch.device("cpu"), "x")
+    assert all(targets.tolist() == [0, 1, 2, 3, 4] for _, targets in found)
+    assert [f.shape for f, _ in found] == [(5, 512), (5, 64)]
     with Image.open(paths[3]) as image:  # short side to 64, the middle 56 x 56
         image = np.asarray(image.resize((96, 64), Image.BILINEAR).crop((20, 4, 76, 60)))
     x = (torch.tensor(image / 255) - torch.tensor(args.mean)) / torch.tensor(args.std)
     with torch.no_grad():
         levels = stages(x.permute(2, 0, 1)[None].float())
-    for level, one in zip((levels[3], levels[0]), found):
+    for level, (one, _) in zip((levels[3], levels[0]), found):
         assert torch.allclose(one[3], level.mean((2, 3))[0], rtol=0.02, atol=0.02)
 
 
@@ -154,11 +159,13 @@ def test_broken_images_are_left_out_and_named(tmp_path, capsys):
     photos = make_photos(tmp_path / "photos", 101, size=(20, 16))
     (photos / "0007.jpg").write_bytes(b"no jpeg")
     args = parse_args(["--image-size", "32", "--crop", "1", "--workers", "0", "--levels", "res2"])
-    data = Labelled([str(p) for p in sorted(photos.iterdir())], torch.arange(101), ["a"], args)
+    images = ImageFiles([str(p) for p in sorted(photos.iterdir())])
+    data = Labelled(images, torch.arange(101), ["a"], args)
     stages = resnet_stages("resnet18", depth=1).eval()
-    (found,), rows = extract(stages, data, args, torch.device("cpu"), "test")
-    assert rows.tolist() == [i for i in range(101) if i != 7] and len(found) == 100
-    assert "1 images cannot be decoded" in (out := capsys.readouterr().out) and "0007.jpg" in out
+    (found, targets), = extract(stages, data, args, torch.device("cpu"), "test")
+    assert targets.tolist() == [i for i in range(101) if i != 7] and len(found) == 100
+    out = capsys.readouterr().out
+    assert "0007.jpg' (" in out and "): left out (1 of 101 so far)" in out
     (photos / "0008.jpg").write_bytes(b"no jpeg")
     with pytest.raises(InputError, match="2 of 101 images cannot be decoded: over 1%"):
         extract(stages, data, args, torch.device("cpu"), "test")
@@ -169,7 +176,7 @@ def classes(tmp_path_factory):
     """Photos of three colours, an ImageFolder; the same in VOC's layout; a backbone."""
     root = tmp_path_factory.mktemp("classes")
     torch.manual_seed(0)
-    export_backbone(resnet_stages("resnet18"), root / "backbone.pt")
+    save_tensors(resnet_stages("resnet18").state_dict(), root / "backbone.pt")
     rng, names = np.random.default_rng(0), []
     (root / "ImageSets/Main").mkdir(parents=True)
     (root / "Annotations").mkdir()
@@ -237,11 +244,12 @@ def test_bad_input_is_one_line(classes, tmp_path):
             (["--dataset", "voc"], "these need --data"),
             (["--data", str(classes)], "--data needs --dataset"),
             (["--test-scenes", "1"], "10 and 1 images are too few"),
-            (["--std", "0", "1", "1"], "--std"),
+            (["--std", "0", "1", "1"], "argument --std: 0 is not from 0.001 to 1"),
             (["--dataset", "folder", "--data", str(tmp_path)], "No such file"),
             (["--dataset", "voc", "--data", str(classes), "--train-split", "x"], "no split x"),
             (["--weights", "missing.pt"], "no such file: missing.pt"),
             (["--weights", "none", "none"], "two of the names are alike"),
-            (["--costs", "0"], "--costs"), (["--batch-size", "0"], "--batch-size 0")):
+            (["--costs", "0"], "argument --costs: 0 is not at least"),
+            (["--batch-size", "0"], "argument --batch-size: 0 is not at least 1")):
         with pytest.raises(SystemExit, match=message):
             main(["--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path), *words])

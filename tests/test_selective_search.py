@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import coordinates, make_photos, run
-from PIL import Image
+from conftest import make_photos, run
 
 import selective_search as ss
-from common import ImageFiles, InputError
+from common import InputError
+from plumbing.images import ImageFolder
 from scenes import Scenes
 
 
@@ -370,21 +370,19 @@ def test_a_search_goes_on_where_it_was_stopped(tmp_path, capsys):
 
 
 def test_the_command(tmp_path):
-    """Workers, folders in folders, a broken file, a picture, the same command again."""
+    """Workers, folders in folders, a broken file."""
     make_photos(tmp_path / "data" / "a b", 3)
     make_photos(tmp_path / "data", 2, size=(300, 200), seed=1)
     (tmp_path / "data" / "0001.jpg").write_bytes(b"\xff\xd8 no more")
     words = ["selective_search.py", "--data", tmp_path / "data", "--out", tmp_path / "p.npz"]
-    code, out, err = run(*words, "--workers", 2, "--show", 3)
+    code, out, err = run(*words, "--workers", 2)
     assert code == 0 and not err, err
     assert "5/5 images" in out and "1 cannot be decoded" in out
-    with Image.open(tmp_path / "p.npz.png") as picture:
-        assert picture.size[0] > 600
     with np.load(tmp_path / "p.npz") as file:  # without pickle
         names, offsets, boxes = file["names"], file["offsets"], file["boxes"]
     assert names.tolist() == ["0000.jpg", "0001.jpg", "a b/0000.jpg", "a b/0001.jpg",
                               "a b/0002.jpg"]
-    images = ImageFiles(tmp_path / "data")
+    images = ImageFolder(tmp_path / "data")
     for i in range(5):
         mine = boxes[offsets[i]:offsets[i + 1]]
         expected = np.zeros((0, 4)) if i == 1 else ss.propose(images[i], "fast", 224)
@@ -394,9 +392,8 @@ def test_the_command(tmp_path):
 
 def test_bad_input(tmp_path, photos):
     for words, message in ((["--data", tmp_path / "none"], "no such folder"),
-                           (["--data", photos, "--size", 0], "--size 0 is not"),
-                           (["--data", photos, "--workers", -1], "--workers -1 is not"),
-                           (["--data", photos, "--recall", 5], "no JPEGImages with Annotations")):
+                           (["--data", photos, "--size", 0], "--size: 0 is not at least 16"),
+                           (["--data", photos, "--workers", -1], "--workers: -1 is not at least")):
         with pytest.raises(SystemExit, match=f"error: .*{message}"):
             ss.main([*map(str, words), "--out", str(tmp_path / "p.npz")])
     (tmp_path / "text").write_text("no zip file")
@@ -420,32 +417,6 @@ def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         ss.main(["--data", str(photos), "--out", str(tmp_path / "p.npz"), "--workers", "0"])
     assert stopped.value.code == 130
-    assert capsys.readouterr().err == "stopped; give the same command again\n"
+    assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
     with pytest.raises(InputError, match="holds 4 of 120 images"):
         ss.read_proposals(tmp_path / "p.npz")
-
-
-def test_recall_by_hand(tmp_path, capsys, monkeypatch):
-    folder = tmp_path / "VOC"
-    (folder / "Annotations").mkdir(parents=True)
-    (folder / "JPEGImages").mkdir()
-    make_photos(folder / "SegmentationClass", 1)
-    (folder / "SegmentationClass" / "0000.jpg").rename(folder / "SegmentationClass" / "a.png")
-    for name in ("a", "b", "c"):
-        Image.fromarray(coordinates(100, 100).permute(1, 2, 0).numpy()).save(
-            folder / "JPEGImages" / f"{name}.png")
-    objects = {"a": [(1, 1, 40, 40, 0), (1, 1, 90, 90, 0)],  # the second is too large
-               "b": [(11, 11, 50, 50, 0), (11, 11, 50, 50, 1)]}  # the second is difficult
-    for name, rows in objects.items():
-        text = "".join(
-            f"<object><name>x</name><difficult>{d}</difficult><bndbox><xmin>{x1}</xmin><ymin>{y1}"
-            f"</ymin><xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-            for x1, y1, x2, y2, d in rows)
-        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{text}</annotation>")
-    monkeypatch.setattr(ss, "propose", lambda *_: np.int16([[0, 0, 40, 30], [0, 0, 10, 10]]))
-    ss.main(["--data", str(folder), "--recall", "3"])
-    # a: 1200 / 1600 = 0.75; b: (30 x 20) / (1600 + 1200 - 600) = 0.2727
-    out = capsys.readouterr().out
-    assert "2 images" in out and "2 objects" in out
-    assert "mean best overlap 0.511" in out and "recall at IoU 0.5 0.500" in out
-    assert "2.0 boxes" in out

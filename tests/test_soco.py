@@ -1,22 +1,23 @@
+"""SoCo's boxes, views, networks and loss.  What is true of every method is in test_methods.py."""
 import math
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
-from conftest import column, coordinates, make_photos, start_processes
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import default_collate
+from conftest import column, coordinates, make_photos
 from torchvision.ops import roi_align
 
 import common
-import finetune_fasterrcnn
 import selective_search
 import soco
+from common import InputError, box_into_view
+from detection.models import build_detector
+from plumbing.images import ImageFolder, load_batches
+from plumbing.weights import load_checkpoint
 from scenes import Scenes
 
-SMALL = dict(arch="resnet18", fpn_channels=8, hidden=24, dim=16)
+SIZES = dict(arch="resnet18", fpn_channels=8, hidden=24, dim=16)
 BOXES = torch.tensor([[[4., 4, 40, 30], [20, 10, 60, 60]], [[0, 0, 64, 64], [30, 8, 44, 60]],
                       [[10, 10, 30, 30], [10, 10, 30, 30]], [[2, 20, 50, 44], [33, 3, 63, 63]]])
 
@@ -28,9 +29,13 @@ def batch(number=4, sizes=(64, 64, 32), seed=0):
     return views, [BOXES.repeat(number // 4, 1, 1) * size / 64 for size in sizes]
 
 
-def settled(model, seed=1):
-    """In eval mode, with batch statistics, weights of the target and scales of its own."""
-    torch.manual_seed(seed)
+def small():
+    return soco.SoCo(**SIZES)
+
+
+def settled(model):
+    """In eval mode, with batch statistics and weights of the target of its own."""
+    torch.manual_seed(1)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "target" in name:
@@ -62,7 +67,7 @@ def test_similarity_loss_is_minus_two_cosines():
 def test_loss_and_gradients_equal_a_loop_over_boxes(sizes, least):
     """Each box of each image alone through the networks, in eval mode, and L_i + L~_i of it."""
     torch.manual_seed(0)
-    model = settled(soco.SoCo(**SMALL))
+    model = settled(small())
     views, boxes = ([each[:2] for each in batches] for batches in batch(4, sizes))
     loss, parts = model(views, boxes)
     loss.backward()
@@ -104,28 +109,29 @@ class Constant(torch.nn.Module):
 def test_the_least_loss():
     """Where the predictor says what the target does."""
     for number, least in ((3, -8), (4, -12)):
-        model = soco.SoCo(**SMALL)
+        model = small()
         model.online = model.target = Constant()
         model.predictor = torch.nn.Identity()
         loss, parts = model([None] * number, [None] * number)
         assert loss.item() == pytest.approx(least) and parts["deviation"] == 0
 
 
-def test_spread_by_hand():
+def test_collapse_statistics_by_hand():
     torch.manual_seed(0)
-    found = soco.spread(7 * torch.eye(8)[:4].repeat(9, 1))  # four corners, three directions
+    corners = 7 * torch.eye(8)[:4].repeat(9, 1)  # four, in three directions
+    found = soco.collapse_statistics(corners)
     assert found["directions"] == pytest.approx(3) and found["deviation"] == pytest.approx(
         (0.25 * 0.75) ** 0.5 / 2)
-    line = soco.spread(torch.tensor([[1., 0.1], [1., -0.1], [5, 0.5]]))
+    line = soco.collapse_statistics(torch.tensor([[1., 0.1], [1., -0.1], [5, 0.5]]))
     assert line["directions"] == pytest.approx(1, abs=1e-3)
-    sphere = soco.spread(torch.randn(4000, 6))
+    sphere = soco.collapse_statistics(torch.randn(4000, 6))
     assert sphere["directions"] > 5.9 and sphere["deviation"] == pytest.approx(6 ** -0.5, rel=0.02)
-    assert soco.spread(torch.ones(5, 3)) == dict(deviation=0, directions=0)
+    assert soco.collapse_statistics(torch.ones(5, 3)) == dict(deviation=0, directions=0)
 
 
 def test_the_target_starts_as_a_copy_and_follows():
     torch.manual_seed(0)
-    model, (views, boxes) = soco.SoCo(**SMALL), batch()
+    model, (views, boxes) = small(), batch()
     before = model.target(views[0], boxes[0])
     torch.testing.assert_close(before, model.online(views[0], boxes[0]))
     with torch.no_grad():
@@ -140,24 +146,11 @@ def test_the_target_starts_as_a_copy_and_follows():
     assert (model.target(views[0], boxes[0]) - before).abs().max() > 1e-3
 
 
-def test_gradients_reach_all_of_the_online_side_and_nothing_else():
-    torch.manual_seed(0)
-    model = soco.SoCo(**SMALL)
-    model(*batch())[0].backward()  # no box goes to P4 or P5: zeros there, which DDP has
-    for name, p in model.named_parameters():
-        assert (p.grad is None) == name.startswith("target."), name
-    unused = [n for n, p in model.named_parameters() if p.grad is not None and not p.grad.any()]
-    assert {n.rsplit(".", 2)[0] for n in unused} == {
-        f"online.backbone.fpn.layer_blocks.{level}" for level in "23"}
-    for a, b in zip(model.online.parameters(), model.target.parameters()):
-        assert a is not b and torch.equal(a, b)
-
-
 # ----------------------------------------------------------------------------- scale and RoI Align
 
 
 def test_a_box_goes_to_the_level_of_its_size():
-    network = soco.Network(**SMALL)
+    network = soco.Network(**SIZES)
     levels = {8: 0, 47: 0, 48: 0, 48.1: 1, 49: 1, 95: 1, 96: 1, 96.1: 2, 97: 2, 192: 2, 192.1: 3,
               193: 3, 224: 3, 1000: 3}
     for side, level in levels.items():
@@ -174,7 +167,7 @@ def test_a_box_goes_to_the_level_of_its_size():
 @pytest.mark.parametrize("size", [224, 112, 40, 36])
 def test_pooling_reads_where_the_box_is(size):
     """Each level a map of its own coordinates, in the view's pixels; whatever was pooled before."""
-    network = soco.Network(**SMALL)
+    network = soco.Network(**SIZES)
     pyramid = {}
     for i, stride in enumerate((4, 8, 16, 32)):
         cells = (torch.arange(math.ceil(size / stride)) + 0.0) * stride
@@ -193,7 +186,7 @@ def test_pooling_reads_where_the_box_is(size):
 
 def test_one_level_a_box_equals_all_four_with_three_masked():
     torch.manual_seed(0)
-    network = soco.Network(**SMALL).eval()
+    network = soco.Network(**SIZES).eval()
     image, sides = torch.randn(1, 3, 224, 224), torch.tensor([20., 48, 60, 96, 130, 192, 210])
     boxes = torch.stack([0 * sides, 0 * sides, sides, sides], dim=1)
     found = network(image, boxes[None])
@@ -223,7 +216,7 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
     for seed in range(150):
         torch.manual_seed(seed)
         boxes = soco.random_boxes(width, height, 6)
-        views, places, none = soco.make_views((image, boxes), args)
+        views, places, no_box = soco.make_views((image, boxes), args)
         assert [v.pixels.shape for v in views] == [(3, s, s) for s in (size, size, small, view4)]
         assert views[0].box.tolist() == [0, 0, width, height]
         assert all(torch.equal(v.box, views[1].box) for v in views[1:])
@@ -239,7 +232,7 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
         for view in views:
             side = view.pixels.shape[-1]
             flipped = torch.tensor([view.flipped])
-            box = soco.into_view(places[None], view.box[None], flipped, side)[0]
+            box = box_into_view(places[None], view.box[None], flipped, side)[0]
             assert (box >= -1e-3).all() and (box <= side + 1e-3).all()
             seen = read(view.pixels, box)
             seen = seen.flip(3) if view.flipped else seen
@@ -252,17 +245,6 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
     assert len(flips) == 16 and min(shares) < 0.55 and max(shares) > 0.9
 
 
-def test_into_view_by_hand():
-    box = torch.tensor([[[20., 10, 60, 40], [10, 0, 90, 40]]] * 2)
-    view = torch.tensor([[10., 0, 90, 40]] * 2)  # 80 x 40 pixels, shown as 224 x 224
-    found = soco.into_view(box, view, torch.tensor([False, True]), 224)
-    assert found.tolist() == [[[28, 56, 140, 224], [0, 0, 224, 224]],
-                              [[84, 56, 196, 224], [0, 0, 224, 224]]]
-    odd = soco.into_view(box[:1, :1], torch.tensor([[4.5, 2.25, 68.5, 42.25]]),
-                         torch.tensor([True]), 32)
-    torch.testing.assert_close(odd, torch.tensor([[[4.25, 6.2, 24.25, 30.2]]]))
-
-
 def test_chosen_boxes_by_hand():
     crop = torch.tensor([10., 20, 110, 70])  # shown as 200 x 200: 2 and 4 times as large
     boxes = torch.tensor([[0., 0, 50, 50], [20, 30, 60, 60], [108, 30, 200, 60], [20, 66, 60, 90],
@@ -271,15 +253,15 @@ def test_chosen_boxes_by_hand():
     torch.manual_seed(0)
     seen = []
     for _ in range(60):
-        places, none = soco.choose(boxes, crop, 200, 3)
-        assert places.shape == (3, 4) and not none and len({*map(tuple, places.tolist())}) == 3
+        places, no_box = soco.choose_boxes(boxes, crop, 200, 3)
+        assert places.shape == (3, 4) and not no_box and len({*map(tuple, places.tolist())}) == 3
         seen += map(tuple, places.tolist())
     assert {*seen} == usable and min(seen.count(box) for box in usable) > 30
-    places, none = soco.choose(boxes, crop, 200, 6)
-    assert {*map(tuple, places.tolist())} == usable and places.shape == (6, 4) and not none
+    places, no_box = soco.choose_boxes(boxes, crop, 200, 6)
+    assert {*map(tuple, places.tolist())} == usable and places.shape == (6, 4) and not no_box
     for nothing in (boxes[2:3], torch.zeros(0, 4)):
-        places, none = soco.choose(nothing, crop, 200, 2)
-        assert places.tolist() == [crop.tolist()] * 2 and none
+        places, no_box = soco.choose_boxes(nothing, crop, 200, 2)
+        assert places.tolist() == [crop.tolist()] * 2 and no_box
 
 
 def test_random_boxes_pass_the_filter_and_fill_it():
@@ -311,63 +293,6 @@ def test_jitter_moves_half_of_the_boxes_by_a_tenth_of_their_sides():
     assert (everywhere != boxes).any(-1).all()
 
 
-# -------------------------------------------------------------------------- optimizer and schedule
-
-
-def test_schedules():
-    found = [soco.schedule(step, 100, 10, 0.99) for step in range(100)]
-    factors, momenta = zip(*found)
-    assert factors[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
-    assert factors[10] == 1 and factors[55] == pytest.approx(0.5) and 0 < factors[99] < 1e-3
-    assert momenta[0] == pytest.approx(0.99) and momenta[50] == pytest.approx(0.995)
-    assert 0.99999 < momenta[99] < 1 and [*momenta] == sorted(momenta)
-    assert soco.schedule(0, 1, 0, 0.5) == (1, 0.5) and soco.schedule(3, 4, 9, 0.5)[0] == 4 / 9
-
-
-# ---------------------------------------------------------------------- two processes, one process
-
-
-def half(number, path):
-    """Process ``number`` of two: half of the batch."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}/store", rank=number, world_size=2)
-    state, views, boxes = torch.load(path / "in.pt", weights_only=True)
-    model = soco.SoCo(**SMALL)
-    model.load_state_dict(state)
-    ddp = DistributedDataParallel(model.eval(), broadcast_buffers=False)
-    mine = slice(4 * number, 4 * number + 4)
-    loss, _ = ddp([v[mine] for v in views], [b[mine] for b in boxes])
-    loss.backward()
-    loss = common.all_gather(loss.detach()[None]).mean()
-    args = soco.parse_args([*TINY, "--out", str(path / "run")])
-    found = soco.find_proposals(args, Scenes(2, size=96, seed=0))  # the first searches for both
-    count = common.all_gather(torch.tensor([len(found["boxes"])]))
-    assert count[0] == count[1] > 0
-    if number == 0:
-        torch.save([loss, {n: p.grad for n, p in model.named_parameters() if p.requires_grad}],
-                   path / "out.pt")
-    dist.destroy_process_group()
-
-
-def test_two_processes_equal_one(tmp_path):
-    model, (views, boxes) = settled(soco.SoCo(**SMALL)), batch(8)
-    torch.save([model.state_dict(), views, boxes], tmp_path / "in.pt")
-    start_processes(half, (tmp_path,), 2)
-    loss, gradients = torch.load(tmp_path / "out.pt", weights_only=True)
-    expected, _ = model(views, boxes)
-    expected.backward()
-    torch.testing.assert_close(loss, expected.detach(), atol=1e-5, rtol=1e-5)
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            assert (gradients[name] - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-7, name
-
-
-# ------------------------------------------------------------------------------------- whole runs
-
-TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --small-size 32 --workers 0 "
-        "--log-every 1 --fpn-channels 8 --hidden 24 --dim 16").split()
-
-
 def test_sizes_of_the_recipe():
     with torch.device("meta"):
         model = soco.SoCo()
@@ -381,93 +306,43 @@ def test_sizes_of_the_recipe():
     assert count(online.projector) == 1025 * 4096 + 2 * 4096 + 4097 * 256
     assert count(model.predictor) == 257 * 4096 + 2 * 4096 + 4097 * 256
     assert count(model.target) == count(online)
-
-
-def test_defaults_are_the_recipe_unless_scenes_are_used():
-    args = vars(soco.parse_args(["--data", "somewhere"]))
-    recipe = dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5,
-                  warmup=10, image_size=224, small_size=112, view4=None, crop_scale=0.5,
-                  boxes_per_image=4, jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096,
-                  dim=256, momentum=0.99, proposals="auto")
-    assert {k: args[k] for k in recipe} == recipe
-    assert soco.parse_args(["--data", "x", "--view4"]).view4 == 192
-    assert soco.parse_args([]).arch == "resnet18" and soco.parse_args([]).image_size < 100
-
-
-def test_a_run_written_out(tmp_path):
-    """Proposals, the views' colours, boxes, jitter, updates: two steps of a run, and its log."""
-    torch.set_num_threads(1)
-    words = [*TINY, "--scenes", "32", "--epochs", "1", "--warmup", "1", "--lr", "2", "--view4",
-             "32", "--p-blur", "0.9", "0.1"]
-    soco.main([*words, "--out", str(tmp_path)])
-    args = soco.parse_args(words)
-    scenes = Scenes(32, size=96, seed=0)
-    found = selective_search.read_proposals(tmp_path / "proposals.npz")
-    torch.manual_seed(0)
-    model = soco.SoCo(**SMALL)
-    optimizer = common.LARS([p for p in model.parameters() if p.requires_grad], 0.0,
-                          weight_decay=1e-5)
-    losses, whole = [], []
-    for step in range(2):
-        order = np.random.default_rng([0, 0]).permutation(32)[16 * step:16 * step + 16]
-        drawn = []
-        for i in order.tolist():
-            torch.manual_seed(common.seed_for(0, 0, i))
-            boxes = found["boxes"][slice(*found["offsets"][i:i + 2])]
-            if i < 4:
-                assert np.array_equal(boxes, selective_search.propose(scenes[i], "single", 224))
-            drawn.append(soco.make_views((scenes[i], torch.from_numpy(boxes).float()), args))
-        views, places, none = default_collate(drawn)
-        torch.manual_seed(common.seed_for(0, step, 0))
-        pixels, boxes = [], []
-        for i, view in enumerate(views):
-            box = soco.into_view(places, view.box, view.flipped, 32)
-            boxes.append(soco.jitter_boxes(box, 32) if i == 0 else box)
-            pixels.append(common.photometric(
-                view.pixels, jitter=(0.4, 0.4, 0.2, 0.1), p_blur=0.9 if i == 0 else 0.1,
-                p_solarize=0.0 if i == 0 else 0.2))
-        optimizer.param_groups[0]["lr"] = 2 * 16 / 256 * (step + 1) / 2
-        loss, _ = model(pixels, boxes)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        m = 1 - 0.01 * (math.cos(math.pi * step / 2) + 1) / 2
-        with torch.no_grad():
-            for a, b in zip(model.online.parameters(), model.target.parameters()):
-                b.copy_(m * b + (1 - m) * a)
-        losses.append(loss.item())
-        whole.append(none.float().mean().item())
-    assert [float(x) for x in column(tmp_path, "loss")] == pytest.approx(losses, rel=1e-4)
-    assert [float(x) for x in column(tmp_path, "momentum")] == pytest.approx([0.99, 0.995])
-    assert [float(x) for x in column(tmp_path, "whole_view")] == pytest.approx(whole)
-    state = common.load_checkpoint(tmp_path / "checkpoint.pt")["model"]
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(state[name], value, atol=1e-3, rtol=1e-3)
+    assert soco.parse_args(["--view4"]).view4 == 192  # SoCo*
 
 
 def test_found_proposals_are_kept(tmp_path, monkeypatch):
-    args = soco.parse_args([*TINY, "--scenes", "3", "--out", str(tmp_path / "run")])
-    first = soco.find_proposals(args, Scenes(3, size=96, seed=0))
+    def find(number, *flags):
+        args = soco.parse_args(["--workers", "0", "--out", str(tmp_path), *flags])
+        return soco.find_proposals(args, Scenes(number, size=96, seed=0))
+
+    first = find(3)
+    for i in range(3):
+        boxes = selective_search.propose(Scenes(3, size=96, seed=0)[i], "single", 224)
+        assert np.array_equal(boxes, first["boxes"][slice(*first["offsets"][i:i + 2])])
     monkeypatch.setattr(selective_search, "propose", None)
-    again = soco.find_proposals(args, Scenes(3, size=96, seed=0))
+    again = find(3)
     assert len(first["boxes"]) > 3 and all(np.array_equal(first[key], again[key]) for key in first)
-    with pytest.raises(common.InputError, match="other images or settings"):
-        soco.find_proposals(args, Scenes(4, size=96, seed=0))
+    with pytest.raises(InputError, match="other images or settings"):
+        find(4)
     monkeypatch.undo()
-    args.fresh = True
-    assert len(soco.find_proposals(args, Scenes(4, size=96, seed=0))["names"]) == 4
+    assert len(find(4, "--fresh")["names"]) == 4
+
+
+# ------------------------------------------------------------------------------------- whole runs
+
+TINY = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 32 --small-size 32 --workers 0 "
+        "--log-every 1 --fpn-channels 8 --hidden 24 --dim 16").split()
 
 
 def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
     """detector.pt under the names of torchvision's Faster R-CNN: the same box, the same h."""
     soco.main([*TINY, "--epochs", "1", "--proposals", "random", "--out", str(tmp_path)])
-    state = common.load_checkpoint(tmp_path / "checkpoint.pt")
+    state = load_checkpoint(tmp_path / "checkpoint.pt")
     assert state["method"] == "soco"
-    model = soco.SoCo(**SMALL)
+    model = small()
     model.load_state_dict(state["model"])
     capsys.readouterr()
-    detector = finetune_fasterrcnn.build_detector("resnet18", 3, "fpn", fpn_channels=8,
-                                                  weights=tmp_path / "detector.pt")
+    detector = build_detector("resnet18", 3, "fpn", fpn_channels=8,
+                              weights=tmp_path / "detector.pt")
     assert capsys.readouterr().out.count("tensors loaded from") == 3
     torch.manual_seed(0)
     image, box = torch.randn(1, 3, 64, 64), torch.tensor([[4., 6, 40, 38]])  # in P2 for both
@@ -479,7 +354,7 @@ def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
         h.append(head(pool(backbone(image), [box], [(64, 64)])))
     torch.testing.assert_close(*h)
     assert h[0].std() > 1e-3
-    backbone = common.load_checkpoint(tmp_path / "backbone.pt")
+    backbone = load_checkpoint(tmp_path / "backbone.pt")
     body = detector.backbone.body.state_dict()
     assert {*backbone} == {*body} and all(torch.equal(backbone[k], body[k]) for k in body)
 
@@ -487,12 +362,12 @@ def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
 def test_images_without_proposals_use_the_whole_view(tmp_path):
     """A file of proposals for a larger folder, in which half of the images have none."""
     make_photos(tmp_path / "data", 16)
-    images = common.ImageFiles(tmp_path / "data")
+    images = ImageFolder(tmp_path / "data")
     names = [n for name in images.names for n in (name, f"x/{name}")]
     counts = [3 * (i % 4 == 0) for i in range(32)]  # of every second image of the folder
     boxes = np.int16([[10, 10, 50, 40]] * sum(counts))
     np.savez(tmp_path / "p.npz", names=names, settings="by hand", boxes=boxes,
-                    offsets=np.cumsum([0, *counts]))
+             offsets=np.cumsum([0, *counts]))
     words = [*TINY, "--data", str(tmp_path / "data"), "--arch", "resnet18", "--warmup", "0",
              "--epochs", "1", "--proposals", str(tmp_path / "p.npz")]
     soco.main([*words, "--out", str(tmp_path / "run")])
@@ -507,25 +382,11 @@ def test_images_without_proposals_use_the_whole_view(tmp_path):
         soco.main([*words, "--out", str(tmp_path / "other")])
 
 
-def test_arguments_that_cannot_be(tmp_path):
-    for flags, message in (("--boxes-per-image 0", "--boxes-per-image 0 is not"),
-                           ("--jitter 0.5", "--jitter 0.5 is not"),
-                           ("--proposals nowhere.npz", "no such file: nowhere.npz"),
-                           ("--view4 8", "--view4 8 is not"),
-                           ("--arch resnet5O", "unknown architecture resnet5O"),
-                           ("--batch-size 1", "batch norm needs two images a process"),
-                           ("--batch-size 41", "batch size 41 is more than all 40")):
-        with pytest.raises(SystemExit, match="error: ") as error:
-            soco.main([*TINY, *flags.split(), "--out", str(tmp_path)])
-        assert message in str(error.value)
-    assert not (tmp_path / "proposals.npz").exists()  # said before anything is searched
-
-
 def test_loading_does_not_depend_on_workers():
     data = soco.Proposed(Scenes(16, size=48, seed=0), None)
     args = soco.parse_args("--image-size 32 --small-size 32".split())
-    found = [[*common.load_batches(data, partial(soco.make_views, args=args), 8, range(1, 2), 0,
-                                   workers)][0] for workers in (0, 2)]
+    found = [[*load_batches(data, partial(soco.make_views, args=args), 8, range(1, 2), 0,
+                            workers)][0] for workers in (0, 2)]
     for a, b in zip(*found):
         for x, y in zip(a if isinstance(a, list) else [[a]], b if isinstance(b, list) else [[b]]):
             assert all(torch.equal(torch.as_tensor(p), torch.as_tensor(q)) for p, q in zip(x, y))

@@ -1,5 +1,6 @@
 """The numbers behind the pictures, against loops and values computed by hand; every figure runs."""
 import csv
+import importlib
 import math
 import shutil
 
@@ -8,15 +9,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import coordinates, make_photos, run
+from matplotlib.figure import Figure
 from PIL import Image
 
 import detco
 import dupr
 import visualize
-from common import View, export_backbone, random_resized_crop, resnet_stages, save_checkpoint
-from finetune_fasterrcnn import RECIPES
+from common import View, resnet_stages
+from detection.models import build_detector
 from finetune_fasterrcnn import main as fine_tune
-from visualize import (METHODS, attention_map, boxes_of_iou, correspond, counterpart, main, matches,
+from plumbing.figures import mark_places
+from plumbing.images import two_views
+from plumbing.weights import save_checkpoint, save_tensors
+from visualize import (METHODS, attention_map, boxes_of_iou, correspond, counterpart, main,
                        neighbours, pair_similarity, pooled, views_of)
 
 
@@ -107,10 +112,11 @@ def test_equation_9_by_hand():
     assert dupr.region_similarity(q, k).item() == pytest.approx((2 * 0.5 ** 0.5 + 1) / 3, abs=1e-6)
 
 
-def test_matches_is_the_best_cosine():
+def test_matches_are_the_best_cosines():
     torch.manual_seed(0)
     q, k = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
-    found = matches(q, k)
+    view = View(torch.zeros(3, 12, 12), torch.tensor([0.0, 0, 12, 12]), False)
+    _, found, *_ = correspond(q, k, view, view)
     for p in range(12):
         one = q[:, p // 4, p % 4].tolist()
         cosines = []
@@ -118,7 +124,8 @@ def test_matches_is_the_best_cosine():
             other = k[:, r // 4, r % 4].tolist()
             lengths = math.hypot(*one) * math.hypot(*other)
             cosines.append(sum(a * b for a, b in zip(one, other)) / lengths)
-        assert found[p] == int(np.argmax(cosines))
+        row, column = divmod(int(np.argmax(cosines)), 4)
+        assert found[p].tolist() == [(column + 0.5) * 3, (row + 0.5) * 4]  # x y in pixels
 
 
 def test_counterpart_shows_the_same_place():
@@ -126,7 +133,7 @@ def test_counterpart_shows_the_same_place():
     torch.manual_seed(0)
     image, seen = coordinates(200, 160), 0
     for _ in range(200):
-        q, k = (random_resized_crop(image, 64) for _ in "qk")
+        q, k = two_views(image, 64, (0.2, 1.0))
         points = 2 + 60 * torch.rand(20, 2)
         there = counterpart(points, q, k)
         inside = ((there > 2) & (there < 62)).all(1)
@@ -173,7 +180,7 @@ def test_noise_corresponds_by_chance():
     torch.manual_seed(0)
     image, totals = torch.zeros(3, 200, 200, dtype=torch.uint8), torch.zeros(3)
     for _ in range(150):
-        pair = [random_resized_crop(image, 64) for _ in "qk"]
+        pair = two_views(image, 64, (0.2, 1.0))
         *_, seen, right, chance = correspond(torch.randn(8, 12, 12), torch.randn(8, 12, 12), *pair)
         totals += torch.stack([seen.sum(), right.sum(), chance.sum()])
     assert totals[0] > 5000
@@ -184,8 +191,7 @@ def test_pooled_patches_are_the_mean_of_nine():
     stages = resnet_stages("resnet18").eval()
     patches = torch.rand(2, 9, 3, 32, 32)
     with torch.no_grad():
-        found = pooled(stages, patches, "res4")
-        for image, unit in zip(patches, found):
+        for image, unit in zip(patches, pooled(stages, patches)[2]):
             each = [stages(patch[None])[2].mean((2, 3))[0] for patch in image]
             assert torch.allclose(unit, F.normalize(sum(each) / 9, dim=0), atol=1e-5)
 
@@ -194,8 +200,9 @@ def test_pooled_patches_are_the_mean_of_nine():
 def test_views_are_the_methods(name):
     image = (torch.rand(3, 12, 16) * 255).byte().repeat_interleave(8, 1).repeat_interleave(8, 2)
     torch.manual_seed(1)
-    recipe = METHODS[name].parse_args([])
-    seen = views_of(name, image, recipe)
+    method = importlib.import_module(name)
+    recipe = method.parse_args([])
+    seen = views_of(method, image, recipe)
     assert len(seen) == {"detco": 4, "soco": 4}.get(name, 2)
     for view, pixels, _ in seen:
         assert 0 <= pixels.min() and pixels.max() <= 1 and view.pixels.dtype == torch.uint8
@@ -208,7 +215,7 @@ def test_views_are_the_methods(name):
             side, known = view.pixels.shape[-1], {48: "P2", 96: "P3"}
             whole = View(torch.zeros(3, side, side), torch.tensor([0.0, 0, 96, 96]), False)
             corners = []
-            for (name, (x1, y1, x2, y2)), in (b.items() for b in boxes.values()):
+            for name, (x1, y1, x2, y2) in boxes:
                 level = next(known[s] for s in known if ((x2 - x1) * (y2 - y1)) ** 0.5 <= s)
                 assert name == level
                 ends = counterpart(torch.tensor([[x1, y1], [x2, y2]]), view, whole) / side
@@ -221,17 +228,31 @@ def test_views_are_the_methods(name):
     if name in ("moco_v2", "barlow_twins", "vicreg"):  # what the view shows, but for the colours
         assert [view.box.tolist() for view, *_ in seen] != [[0, 0, 128, 96]] * 2
         assert all(view.pixels.shape == pixels.shape for view, pixels, _ in seen)
-    if name == "dupr":  # a number is the same place of the image in both views
-        (q, _, one), (k, _, two) = seen
-        assert one["C0"].keys() == two["C0"].keys() and len(one["C0"]) == 16
-        for number in one["C0"]:
-            middles = []
-            for view, boxes in ((q, one), (k, two)):
-                x1, y1, x2, y2 = boxes["C0"][number]
-                whole = View(torch.zeros(3, 64, 64), torch.tensor([0.0, 0, 64, 64]), False)
-                middle = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2]])
-                middles.append(counterpart(middle, view, whole))
-            assert torch.allclose(*middles, atol=1e-3)
+
+
+def test_equal_colours_are_equal_places():
+    """DUPR's places of the same colour, in both views and in the image."""
+    image = torch.zeros(3, 96, 128, dtype=torch.uint8)
+    whole, turned = View(torch.zeros(3, 64, 64), torch.tensor([0.0, 0, 64, 64]), False), set()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        seen, places = views_of(dupr, image, dupr.parse_args([])), []
+        for view, _, (box, flipped) in seen:
+            axes = Figure().add_subplot()
+            mark_places(axes, box, flipped, 4)
+            assert flipped == view.flipped and len(axes.patches) == 16
+            shown = {}  # colour -> the middle of its place, in the image's pixels
+            for patch in axes.patches:
+                if patch.get_facecolor()[3]:
+                    (x, y), size = patch.get_xy(), (patch.get_width(), patch.get_height())
+                    middle = torch.tensor([[x + size[0] / 2, y + size[1] / 2]])
+                    shown[patch.get_facecolor()] = counterpart(middle, view, whole)[0].tolist()
+            places.append(shown)
+        one, two = places
+        assert one.keys() == two.keys() and len(one) == 3
+        assert all(one[colour] == pytest.approx(two[colour], abs=1e-3) for colour in one)
+        turned.add(tuple(view.flipped for view, *_ in seen))
+    assert len(turned) > 1
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +260,7 @@ def files(tmp_path_factory):
     """A backbone, one of another depth, photos, photos with VOC's annotations, a short log."""
     root = tmp_path_factory.mktemp("files")
     torch.manual_seed(3)
-    export_backbone(resnet_stages("resnet18"), root / "backbone.pt")
+    save_tensors(resnet_stages("resnet18").state_dict(), root / "backbone.pt")
     make_photos(root / "photos", 6)
     shutil.copy(root / "photos" / "0002.jpg", root / "photos" / "twin.jpg")
     for folder in ("Annotations", "ImageSets/Main"):
@@ -259,7 +280,7 @@ def figure(files, tmp_path, name, *words):
     main([name, "--size", "64", "--out", str(out), "--csv", str(tmp_path / "numbers.csv"),
           *map(str, words)])
     with Image.open(out) as picture:
-        assert picture.width >= 500 and len(picture.convert("RGB").getcolors(2 ** 24)) > 50
+        assert picture.width >= 400 and len(picture.convert("RGB").getcolors(2 ** 24)) > 50
     return rows_of(tmp_path / "numbers.csv")
 
 
@@ -308,9 +329,10 @@ def test_a_broken_image_is_left_out_and_named(files, tmp_path, capsys):
     words = "--arch", "resnet18", "--data", tmp_path / "photos"
     (row,) = figure(files, tmp_path, "retrieval", *words)
     assert row["images"] == "100" and float(row["first_cosine"]) < 0.99999
-    assert "0003.jpg: left out" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "0003.jpg' (" in out and "): left out (1 of 101 so far)" in out
     (tmp_path / "photos" / "0004.jpg").write_bytes(b"no jpeg")
-    with pytest.raises(SystemExit, match="over 1% of 101 images"):
+    with pytest.raises(SystemExit, match="2 of 101 images cannot be decoded: over 1%"):
         figure(files, tmp_path, "retrieval", *words)
 
 
@@ -335,7 +357,7 @@ def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, 32:56, 16:48] = 255
     monkeypatch.setattr(visualize, "pictures", lambda args: iter([(image, dict(boxes=box))]))
-    monkeypatch.setattr(visualize, "backbones", lambda *_: [("random", Bright(), {})])
+    monkeypatch.setattr(visualize, "load_backbones", lambda *_: [("random", Bright(), {})])
     (row,) = figure(files, tmp_path, "attention")
     assert float(row["mean_in_boxes"]) > 0.95 and float(row["elsewhere"]) < 0.03
     assert float(row["share_above_half"]) == pytest.approx(32 * 24 / 64 ** 2, abs=0.02)
@@ -346,49 +368,51 @@ def test_similarity_of_detcos_heads(files, tmp_path):
     torch.manual_seed(0)
     model = detco.DetCo("resnet18", 8, 16, weights=recipe.weights)
     saved = dict(method="detco", args=vars(recipe), model=model.state_dict())
-    save_checkpoint(tmp_path / "checkpoint.pt", **saved)
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
     words = "similarity", "--images", 8, "--weights", tmp_path / "checkpoint.pt"
     (heads,) = figure(files, tmp_path, *words)
     for parameter in model.encoder_q.local_heads[3].parameters():
         parameter.data.zero_()  # then local queries are all 0, and exp(0) = 1
-    save_checkpoint(tmp_path / "checkpoint.pt", **saved)
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
     (changed,) = figure(files, tmp_path, *words)
     assert changed["positive_global"] == heads["positive_global"]
     assert float(changed["positive_local"]) == float(changed["negative_local"]) == 1
     assert float(heads["positive_local"]) != 1
-    save_checkpoint(tmp_path / "checkpoint.pt", **{**saved, "args": {**vars(recipe),
-                                                                      "no_local": True}})
-    with pytest.raises(SystemExit, match="has no local head at Res5"):
+    saved["args"]["no_local"] = True
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
+    with pytest.raises(SystemExit, match="has no local head at res5"):
         figure(files, tmp_path, *words[:-1], "none", words[-1])
 
 
 def test_features_of_an_fpn(files, tmp_path):
-    from finetune_fasterrcnn import build_detector
     model = build_detector("resnet18", 2, fpn_channels=8)
-    save_checkpoint(tmp_path / "detector.pt", **model.state_dict())
+    save_tensors(model.state_dict(), tmp_path / "detector.pt")
     rows = figure(files, tmp_path, "features", "--weights", tmp_path / "detector.pt", "none")
     assert [row["level"] for row in rows] == [f"{n}{i}" for n in ("P", "Res") for i in range(2, 6)]
 
 
-def test_detections_of_a_fine_tuned_detector(files, tmp_path, monkeypatch):
+def test_detections_of_a_fine_tuned_detector(files, tmp_path):
     fine_tune(["--iterations", "1", "--train-scenes", "8", "--test-scenes", "4", "--workers", "0",
                "--rois", "8", "--fpn-channels", "8", "--out", str(tmp_path / "ft")])
     rows = figure(files, tmp_path, "detections", "--rows", 2, "--weights",
                   tmp_path / "ft" / "checkpoint.pt", "none")
     assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
     assert rows[0]["annotated"] == rows[2]["annotated"] != "0"
-    monkeypatch.setitem(RECIPES["voc"], "min_size", [64])  # not 800 pixels
-    monkeypatch.setitem(RECIPES["voc"], "max_size", 64)
-    rows = figure(files, tmp_path, "detections", "--rows", 2, "--dataset", "voc", "--split", "test",
-                  "--data", files / "voc", "--arch", "resnet18")
-    assert [row["annotated"] for row in rows] == ["1", "1"]
-
     fine_tune(["--dataset", "voc", "--data", str(files / "voc"), "--train-split", "test",
                "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size",
                "64", "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
                "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "voc")])
     tuned = ["detections", "--rows", 2, "--weights", tmp_path / "voc" / "checkpoint.pt"]
-    assert len(figure(files, tmp_path, *tuned, "--data", files / "voc")) == 2  # its own split
+    rows = figure(files, tmp_path, *tuned, "--data", files / "voc")  # its own split
+    assert [row["annotated"] for row in rows] == ["1", "1"]
+    rows = figure(files, tmp_path, "detections", "--rows", 2, "--dataset", "voc", "--split", "test",
+                  "--data", files / "voc", *tuned[3:], "none", "--labels", "tuned", "untrained")
+    assert [row["annotated"] for row in rows] == ["1"] * 4
+    scenes = tmp_path / "ft" / "checkpoint.pt"
+    with pytest.raises(SystemExit, match="knows other classes"):
+        figure(files, tmp_path, *tuned, scenes)
+    with pytest.raises(SystemExit, match="of --data need --dataset voc or coco"):
+        figure(files, tmp_path, *tuned[:-1], scenes, "--data", files / "photos")
     with pytest.raises(SystemExit, match="other.txt"):
         figure(files, tmp_path, *tuned, "--split", "other")
 
@@ -422,14 +446,14 @@ def test_bad_input_is_one_line(files, tmp_path):
             (["attention", "--arch", "resnet18", "resnet34"], "2 --arch for 1 --weights"),
             (["attention", "--data", "nowhere"], "no such folder: nowhere"),
             (["attention", "--split", "test"], "--split needs --dataset"),
-            (["attention", "--size", "8"], "--size 8 is not from 32"),
-            (["attention", "--rows", "0"], "--rows 0 is not from 1"),
-            (["attention", "--out", "x.docx"], "no picture's ending"),
+            (["attention", "--size", "8"], "argument --size: 8 is not at least 32"),
+            (["attention", "--rows", "0"], "argument --rows: 0 is not at least 1"),
+            (["attention", "--out", "x.docx"], "--out x.docx: no .png, .jpg"),
             (["curves"], "curves takes folders of runs"),
             (["detections", "--weights", weights], "is no checkpoint of finetune_fasterrcnn"),
-            (["detections", "--data", photos], "need --dataset voc or coco"),
-            (["detections", "--dataset", "voc"], "these need --data"),
-            (["features", "--dataset", "voc"], "--dataset voc needs --data")):
+            (["detections", "--data", photos], "needs --weights with a checkpoint"),
+            (["detections", "--dataset", "voc"], "--dataset needs --data"),
+            (["features", "--dataset", "voc"], "--dataset needs --data")):
         with pytest.raises(SystemExit, match=message):
             main([words[0], "--out", str(tmp_path / "x.png"), *words[1:]])
     assert not (tmp_path / "x.png").exists()

@@ -1,19 +1,20 @@
 """Faults again and again, where one test of the suite would take too long (Linux; `disk` as root):
 
-    python tests/stress.py kill [--methods moco_v2 ...] [--times 20] [--processes 1 2]
-    python tests/stress.py torchrun      signals, restarts, two agents as two machines start them
-    python tests/stress.py disk [--methods ...]         a file system that fills up
-    python tests/stress.py numbers       batches, queues and processes that do not fit, for all
-    python tests/stress.py files [--number 100000]      listing, and the memory of loading processes
-    python tests/stress.py long [--steps 2000]          memory and open files over a run
+    python tools/stress.py kill [--methods moco_v2 ...] [--times 20] [--processes 1 2]
+    python tools/stress.py torchrun      signals, restarts, two agents as two machines start them
+    python tools/stress.py disk [--methods ...]         a file system that fills up
+    python tools/stress.py numbers       batches, queues and processes that do not fit, for all
+    python tools/stress.py files [--number 100000]      listing, and the memory of loader workers
+    python tools/stress.py long [--steps 2000]          memory and open files over a run
 
-Every fault is done to real processes of the commands, and what they end with is compared, tensor by
-tensor, with an uninterrupted run's.  kill: half of the kills while a checkpoint is being written,
+Every fault happens to real processes of the commands, and what they end with is compared, tensor by
+tensor, with an uninterrupted run.  kill: half of the kills while a checkpoint is being written,
 the others at any moment, also before the first step; in one process, and to one of two, where the
 other is ended too, as torchrun would, if it has not followed in 8 seconds.  A line for each case;
 the exit status is 1 if anything was lost.
 """
 import argparse
+import math
 import os
 import shutil
 import signal
@@ -24,14 +25,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-from conftest import command, fork, make_photos
-from test_faults import NUMBERS, assert_ends_with, ended, loaders, start_numbers
-from test_runs import BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, assert_identical
 
-import common
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+from conftest import (BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, VICREG,  # noqa: E402
+                      assert_identical, command, ended, fork, make_photos)
+from test_faults import NUMBERS, assert_ends_with, loaders, start_numbers  # noqa: E402
 
-RUNS = {words[0].removesuffix(".py"): [*words, "--workers", "1"] for words in (
-    MOCO, DETCO, DUPR, SOCO, BARLOW, ["vicreg.py", *BARLOW[1:]], DETECTOR)}
+from plumbing.images import ImageFolder, load_batches  # noqa: E402
+from plumbing.weights import load_checkpoint  # noqa: E402
+
+RUNS = {words[0].removesuffix(".py"): [*words, "--workers", "1"]
+        for words in (MOCO, DETCO, DUPR, SOCO, BARLOW, VICREG, DETECTOR)}
 LOST = []
 
 
@@ -43,7 +47,7 @@ def report(case, times, what, lost=None):
 
 def difference(one, other):
     """What differs between the checkpoints of two folders, or None."""
-    states = [common.load_checkpoint(folder / "checkpoint.pt") for folder in (one, other)]
+    states = [load_checkpoint(folder / "checkpoint.pt") for folder in (one, other)]
     try:
         assert_identical(*states)
     except AssertionError as error:
@@ -76,8 +80,11 @@ def kill(args):
 
 def kill_method(method, number, times, folder):
     rng, log = np.random.default_rng(), folder / "log"
-    words = [*RUNS[method], *([] if method == "finetune_fasterrcnn" else ["--epochs", "6"])]
-    words += ["--workers", "0"] * (number > 1)  # they would keep a killed process's sockets open
+    words = [*RUNS[method]]
+    if method != "finetune_fasterrcnn":
+        words += ["--epochs", "6"]
+    if number > 1:  # loader workers would keep the sockets of a killed process open
+        words += ["--workers", "0"]
     began = time.monotonic()
     lost = ended(fork(*words, "--out", folder / "whole", processes=number, log=log), 300)
     seconds, kills, at_saves, runs, lost = time.monotonic() - began, 0, 0, 0, any(lost)
@@ -95,7 +102,7 @@ def kill_method(method, number, times, folder):
             if not killed and codes != [0] * number:
                 lost = f"ended with {codes}: {log.read_text().splitlines()[-1]}"
             if (out / "checkpoint.pt").exists():
-                now = common.load_checkpoint(out / "checkpoint.pt")["step"]
+                now = load_checkpoint(out / "checkpoint.pt")["step"]
                 lost = lost or (f"step {now} after {step}" if now < step else None)
                 step = now
         lost = lost or difference(folder / "whole", out)
@@ -158,7 +165,7 @@ def torchrun(args):
             while any(Path(f"/proc/{pid}").exists() for pid in mine):
                 time.sleep(0.05)
             seconds, code = time.monotonic() - began, process.returncode
-            step = common.load_checkpoint(out / "checkpoint.pt")["step"]
+            step = load_checkpoint(out / "checkpoint.pt")["step"]
             again = command(*words, "--out", out, processes=2)
             again.communicate(timeout=120)
             lost = difference(whole, out) if code and seconds < 30 else f"{code}, {seconds:.0f} s"
@@ -248,7 +255,7 @@ def disk(args):
             try:
                 words = [*RUNS[method], "--out", small / "run"]
                 codes = ended(fork(*words, log=log), 300)
-                line, step = log.read_text().splitlines()[-1], common.load_checkpoint(
+                line, step = log.read_text().splitlines()[-1], load_checkpoint(
                     small / "run" / "checkpoint.pt")["step"]
                 right = codes == [1] and line.startswith("error: ") and "No space left" in line
                 subprocess.run(["mount", "-o", f"remount,size={4 * size}", str(small)], check=True)
@@ -286,22 +293,22 @@ def files(args):
             else:
                 data = folder / "data"
             began = time.monotonic()
-            images = common.ImageFiles(data)
+            images = ImageFolder(data)
             listed = time.monotonic() - began
-            loader = iter(common.load_batches(images, lambda image: image.float().mean(), 64,
+            loader = iter(load_batches(images, lambda image: image.float().mean(), 64,
                                               range(min(600, number // 64)), 0, workers=4))
             for _ in range(10):
                 next(loader)
             began = [private(pid) for pid in (w.pid for w in loader._workers)]
             for _ in loader:
                 pass
-            loader = iter(common.load_batches(images, lambda image: image.float().mean(), 64,
+            loader = iter(load_batches(images, lambda image: image.float().mean(), 64,
                                               range(10 ** 6), 0, workers=4))
             for _ in range(600):
                 next(loader)
             after = [private(w.pid) for w in loader._workers]
-            report(f"{len(images)} files", 1, f"listed in {listed:.2f} s; memory of its own of "
-                   f"each of 4 loading processes: {np.mean(began):.1f} MiB after 10 batches of 64, "
+            report(f"{len(images)} files", 1, f"listed in {listed:.2f} s; own memory of each of "
+                   f"4 loader workers: {np.mean(began):.1f} MiB after 10 batches of 64, "
                    f"{np.mean(after):.1f} MiB after 600")
             del loader
 
@@ -315,11 +322,11 @@ def long(args):
     for method in args.methods:
         with tempfile.TemporaryDirectory() as folder:
             folder = Path(folder)
-            words = [*RUNS[method], "--scenes", 1600, "--epochs", -(-args.steps // 200),
+            words = [*RUNS[method], "--scenes", 1600, "--epochs", math.ceil(args.steps / 200),
                      "--workers", 2, "--log-every", 50, "--out", folder / "run"]
             process = command(*words)
             table = folder / "run" / "log.csv"
-            rows = []  # of step, memory and open files of the run, memory of its loading processes
+            rows = []  # of step, memory and open files of the run, memory of its loader workers
             while process.poll() is None:
                 time.sleep(2)
                 try:
@@ -336,7 +343,7 @@ def long(args):
             report(f"{args.steps} steps of {method}", 1,
                    f"status {process.returncode}; over the middle and the last three tenths: "
                    f"{before[1]:.0f} and {after[1]:.0f} MiB, {before[2]:.0f} and "
-                   f"{after[2]:.0f} open files, loading processes {before[3]:.0f} and "
+                   f"{after[2]:.0f} open files, loader workers {before[3]:.0f} and "
                    f"{after[3]:.0f} MiB; log.csv {table.stat().st_size} bytes",
                    f"it grows: {grown}" if (grown > 1.1).any() or process.returncode else None)
 

@@ -1,26 +1,28 @@
-"""How fast it is, each figure as a ratio within one run (not part of the test suite):
+"""How fast it is, each figure as a ratio within one run, and what selective search finds:
 
-    python tests/benchmark.py load [--data DIR]      one core's way from a file to two views
-    python tests/benchmark.py step [--arch resnet18 --batch-size 16]      each method's training
-    python tests/benchmark.py loss [--queries 50176]                      InfoNCE in chunks
-    python tests/benchmark.py levels [--arch resnet18 --batch-size 16]    SoCo's one level a box
-    python tests/benchmark.py growth [--arch resnet18 --batch-size 16]    with K, S, P, processes
-    python tests/benchmark.py precision [--arch resnet18 --batch-size 16]   bfloat16 beside float32
-    python tests/benchmark.py bare                       a step of MoCo v2 against a bare loop
-    python tests/benchmark.py detectors --batch-size 2   a step of the papers' C4 and FPN
+    python tools/benchmark.py load [--data DIR]      one core's way from a file to two views
+    python tools/benchmark.py step [--arch resnet18 --batch-size 16]      each method's training
+    python tools/benchmark.py loss [--queries 50176]                      InfoNCE in chunks
+    python tools/benchmark.py levels [--arch resnet18 --batch-size 16]    SoCo's one level per box
+    python tools/benchmark.py growth [--arch resnet18 --batch-size 16]    with K, S, P, processes
+    python tools/benchmark.py precision [--arch resnet18 --batch-size 16]   bfloat16 beside float32
+    python tools/benchmark.py bare                       a step of MoCo v2 against a bare loop
+    python tools/benchmark.py detectors --batch-size 2   a step of the papers' C4 and FPN
+    python tools/benchmark.py recall --data VOC2007      selective search against annotated boxes
 
-load compares, on the same 500 x 375 JPEGs and in turn, the two ways to two 224-pixel views of an
-image: the usual chain, all of it in the loading process (PIL crop, jitter, gray, blur, flip,
-tensor), and this project's share of a loading process (decode, two crops; colour is the device's
-work).  step runs each method's own training loop, with the paper's recipe, in processes of its own,
-in turn, on a GPU where there is one: with a batch that is on the device from the start, and end to
-end, from 500 x 375 JPEGs, where `waiting` is the share of time in which the loop has no batch yet.
-The arithmetic is what torch counts of a step, convolutions and matrix products, and its share is
-that of this machine's matrix product.  loss is DUPR's patch loss at its size.  levels is SoCo's
-step, each box through the head from the one level of its size, against one in which the head runs
-on all four levels for every box and three results are masked away.  detectors is fine-tuning at the
-papers' size: images of VOC's usual shape for C4, of COCO's for FPN, short sides in the middle of
-the recipe's, random pixels, 512 RoIs.
+load compares, on the same 500 x 375 JPEGs and in turn, two ways to two 224-pixel views of a photo:
+the usual chain, all of it in the loader worker (PIL crop, jitter, grey, blur, flip, tensor), and
+this project's part of a worker (decode, two crops; colour is the device's work).  step runs each
+method's own training loop, with the paper's recipe, in processes of its own, in turn, on a GPU if
+there is one: with a batch that is on the device from the start, and end to end, from 500 x 375
+JPEGs, where `waiting` is the share of time in which the loop has no batch yet.  The arithmetic is
+what torch counts of a step's convolutions and matrix products, and its share is that of this
+machine's matrix product.  loss is DUPR's patch loss at full size.  levels is SoCo's step, each box
+through the head from the one level of its size, against one in which the head runs on all four
+levels for every box and three results are masked away.  detectors is fine-tuning at the papers'
+size: images of VOC's usual shape for C4, of COCO's for FPN, short sides in the middle of the
+recipe's, random pixels, 512 RoIs.  recall is the overlap of the best proposal with each annotated
+object of a folder in VOC's layout that passes SoCo's filter.
 """
 import argparse
 import contextlib
@@ -44,7 +46,7 @@ from PIL import Image, ImageFilter
 from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import transforms
-from torchvision.ops import roi_align
+from torchvision.ops import box_iou, roi_align
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import barlow_twins  # noqa: E402
@@ -52,9 +54,14 @@ import detco  # noqa: E402
 import dupr  # noqa: E402
 import finetune_fasterrcnn  # noqa: E402
 import moco_v2  # noqa: E402
+import plumbing.run  # noqa: E402
 import soco  # noqa: E402
 import vicreg  # noqa: E402
-from common import (ImageFiles, Run, info_nce, random_resized_crop, read_image)  # noqa: E402
+from common import info_nce  # noqa: E402
+from detection.data import read_voc  # noqa: E402
+from detection.models import build_detector  # noqa: E402
+from plumbing.images import ImageFolder, random_resized_crop, read_image  # noqa: E402
+from selective_search import STRATEGIES, keep_object_like, propose  # noqa: E402
 
 SIZE = (500, 375)
 
@@ -62,7 +69,7 @@ SIZE = (500, 375)
 def make_images(folder, number, data):
     """JPEGs of 500 x 375: photos found below ``data``, resized, or smooth noise without it."""
     rng = np.random.default_rng(0)
-    photos = ImageFiles(data) if data else None
+    photos = ImageFolder(data) if data else None
     for i in range(number):
         if photos:
             image = Image.fromarray(photos[i % len(photos)].permute(1, 2, 0).numpy())
@@ -146,7 +153,7 @@ def alone(function, *args):
 
 
 class Steps:
-    """Stands in for a method's load_batches: gives ``number`` batches of it and times the loop.
+    """Takes the place of load_batches: gives ``number`` batches of it and times the loop.
 
     resident: the first batch again and again, on the device from the start.  Counts a step from
     where the loop asks for its batch to where it asks for the next; ``marks`` are these moments,
@@ -186,7 +193,9 @@ def train(method, words, steps, resident):
     module = METHODS[method]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     number = WARM + steps
-    clock = module.load_batches = Steps(module.load_batches, number, device, resident)
+    clock = Steps(plumbing.run.load_batches, number, device, resident)
+    plumbing.run.load_batches = clock
+    Run = plumbing.run.Run
     counter, flops, end_step = FlopCounterMode(display=False), [], Run.end_step
 
     def end(run, *args, **kwargs):
@@ -230,7 +239,8 @@ def words_of(method, args, folder):
              "--workers", str(args.workers)]
     if method in ("moco_v2", "detco", "dupr"):
         words += ["--random-queue", "--queue-size", str(args.queue_size)]
-    return words + ["--proposals", "random"] * (method in ("soco", "four_levels"))
+    return words + (
+        ["--proposals", "random"] if method in ("soco", "four_levels") else [])
 
 
 def compare(args, variants, both=True):
@@ -311,7 +321,7 @@ def bare_loop(batch_size, size, steps):
     """In a process of its own -> seconds of a step of the same networks on noise: two forward
     passes, of which one keeps what a backward pass needs, that pass, and SGD."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k = (torchvision.models.resnet18(num_classes=512).to(device) for _ in "qk")
+    q, k = (torchvision.models.resnet18(num_classes=512).to(device) for _ in range(2))
     optimizer, seconds = torch.optim.SGD(q.parameters(), 0.01, momentum=0.9), []
     images = torch.randn(2, batch_size, 3, size, size, device=device)
     for _ in range(WARM + steps):
@@ -344,7 +354,7 @@ def detector_step(dataset, classes, image_size, args):
     recipe = finetune_fasterrcnn.RECIPES[dataset]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    model = finetune_fasterrcnn.build_detector(
+    model = build_detector(
         args.arch, classes, recipe["detector"],
         min_size=(int(np.median(recipe["min_size"])),)).to(device).train()
     images = [torch.rand(3, *image_size, device=device) for _ in range(args.batch_size)]
@@ -395,25 +405,49 @@ def loss(args):
               f"{memory:.2f} GiB")
 
 
+def recall(args):
+    """On images evenly spread over the split, in one process, nothing kept."""
+    files = read_voc(args.data, args.split)[1]
+    best, seconds, boxes = [], [], []
+    for file in files[::max(1, len(files) // args.images)][:args.images]:
+        image = read_image(file.path)
+        truths = np.array([thing.box for thing in file.objects if not thing.ignore])
+        truths = truths.reshape(-1, 4)
+        start = time.process_time()
+        found = propose(image, args.strategy, 224)
+        seconds.append(time.process_time() - start)
+        boxes.append(len(found))
+        truths = keep_object_like(truths, image.shape[2], image.shape[1])
+        iou = box_iou(torch.from_numpy(truths), torch.from_numpy(found.astype(np.float64)))
+        best += [max([0.0, *row]) for row in iou.tolist()]
+    print(f"{args.strategy}: {len(boxes)} images, {len(best)} objects that pass SoCo's filter: "
+          f"mean best overlap {np.mean(best):.3f}, recall at IoU 0.5 "
+          f"{np.mean(np.array(best) >= 0.5):.3f}; {np.mean(boxes):.1f} boxes, "
+          f"{np.mean(seconds):.3f} s of a core per image")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = {f.__name__: f for f in (load, step, loss, levels, growth, precision, bare,
-                                         detectors)}
+                                         detectors, recall)}
     parser.add_argument("what", choices=commands)
-    parser.add_argument("--data", help="load: folder of photos to use instead of smooth noise")
-    parser.add_argument("--images", type=int, default=64, help="load: JPEGs")
+    parser.add_argument("--data", help="load, step: folder of photos to use instead "
+                        "of smooth noise; recall: folder in VOC's layout")
+    parser.add_argument("--images", type=int, default=64, help="load: JPEGs; recall: images")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--arch", default="resnet50", help="step: the backbone")
     parser.add_argument("--batch-size", type=int, default=256, help="step: images")
     parser.add_argument("--steps", type=int, default=5, help="step: how many a round, after two")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
-                        help="step: loading processes")
+                        help="step: loader workers")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
     parser.add_argument("--queue-size", type=int, default=65536, help="step: K")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="step: any of the "
                         "method's own, last on the line")
     parser.add_argument("--csv", metavar="FILE", help="step, levels: keep the table")
     parser.add_argument("--queries", type=int, default=256 * 14 * 14, help="loss: N")
+    parser.add_argument("--split", default="test", help="recall: of the folder")
+    parser.add_argument("--strategy", choices=[*STRATEGIES], default="fast", help="recall")
     args = parser.parse_args()
     commands[args.what](args)
 

@@ -1,0 +1,1 @@
+"""Detectors, their data, and average precision."""

@@ -1,0 +1,335 @@
+"""Folders of images, views and their colours, and batches that depend on (seed, step) alone.
+
+The way of an image: file -> loader worker: decode, cut the views with their exact rectangles
+(uint8) -> batch -> device: colour, blur, normalise, for the whole batch at once.
+"""
+import os
+import signal
+import threading
+from functools import partial
+from itertools import chain
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms.v2.functional import resized_crop
+
+from common import InputError, View, all_reduce_sum, rank, world_size
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def seed_for(*numbers):
+    """One 64-bit seed from several non-negative integers, such as (seed, epoch, image)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def read_image(path):
+    """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB."""
+    with Image.open(path) as image:
+        if image.mode.startswith("I;16"):  # PIL's own conversion would clip 16 bits at 255
+            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+
+
+class ImageFiles(Dataset):
+    """Image files by path: item i is (3, H, W) uint8.
+
+    A file that cannot be decoded is marked in ``broken`` (n,), a bool tensor shared by all workers,
+    and the next one that can be takes its place.
+    """
+
+    def __init__(self, paths):
+        self.paths, self.reported = paths, set()
+        self.broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+
+    def __len__(self):
+        return len(self.paths)
+
+    def __getitem__(self, index):
+        return self.numbered(index)[1]
+
+    def numbered(self, index):
+        """Image ``index``, or the one that takes its place -> its index, (3, H, W) uint8.
+
+        Raises InputError if none of the images can be decoded.
+        """
+        if not 0 <= index < len(self.paths):
+            raise IndexError(index)
+        reason = ""
+        for i in chain(range(index, len(self.paths)), range(index)):
+            if not self.broken[i]:
+                try:
+                    return i, read_image(self.paths[i])
+                except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
+                    self.broken[i], reason = True, f": {error}"
+        raise InputError(f"none of the {len(self.paths)} images can be decoded{reason}")
+
+    def report_broken(self, say, consequence):
+        """Name the files that any process found broken since the last call, each with the reason.
+
+        say: prints a line; consequence: what happens to such an image.  All processes have to call
+        it.  Returns how many are broken; raises InputError if these are over 1% of the images.
+        """
+        flags = self.broken.to(torch.uint8)
+        if world_size() > 1:
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        broken = flags.nonzero().flatten().tolist()
+        for i in broken if rank() == 0 else ():
+            if i not in self.reported:
+                self.reported.add(i)
+                say(f"cannot decode {self.paths[i]!r} ({_reason(self.paths[i])}): {consequence} "
+                    f"({len(broken)} of {len(flags)} so far)")
+        if len(broken) > 0.01 * len(flags):
+            raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: over 1%")
+        return len(broken)
+
+
+def _reason(path):
+    try:
+        read_image(path)
+    except Exception as error:
+        return " ".join(str(error).split())
+    return "now it can be"
+
+
+class ImageFolder(ImageFiles):
+    """All images below a folder, in any layout, sorted by path; ``names`` are the paths below it.
+
+    Links are followed, to each folder once.
+    Raises InputError: no such folder, or no images in it.
+    """
+
+    def __init__(self, root):
+        if not os.path.isdir(root):
+            raise InputError(f"no such folder: {root}")
+        root, names, seen = os.fspath(root), [], set()
+        for folder, subfolders, files in os.walk(root, followlinks=True):
+            if os.path.realpath(folder) in seen:
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(folder))
+            subfolders.sort()
+            names += [os.path.relpath(os.path.join(folder, file), root) for file in files
+                      if file.lower().endswith(IMG_EXTENSIONS)]
+        if not names:
+            raise InputError(f"no images below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
+        self.names = sorted(names)
+        super().__init__([os.path.join(root, name) for name in self.names])
+
+
+def open_images(data, scenes):
+    """The images below the folder ``data``, or, if it is None, that many built-in scenes: a Dataset
+    of (3, H, W) uint8 with ``names`` and ``numbered`` as ImageFolder has them."""
+    if data is not None:
+        return ImageFolder(data)
+    from scenes import Scenes
+    return Scenes(scenes, size=96, seed=0, cache=True)
+
+
+# ------------------------------------------------------------------- views and batches (in workers)
+
+
+def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+    """A random rectangle of the image (3, H, W) uint8, resized to size x size, flipped with p 0.5.
+
+    scale: its share of the image's area; ratio: its width / height.  Returns a View.
+    """
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
+    pixels = resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    flipped = bool(torch.rand(()) < 0.5)
+    box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
+    return View(pixels.flip(-1) if flipped else pixels, box, flipped)
+
+
+def two_views(image, size, scale):
+    """Two independent crops of one image (3, H, W), as random_resized_crop cuts them."""
+    return [random_resized_crop(image, size, scale) for _ in range(2)]
+
+
+class _Seeded(Dataset):
+    """Item (epoch, index): ``draw(data[index])``, drawn from (seed, epoch, index) alone."""
+
+    def __init__(self, data, draw, seed):
+        self.data, self.draw, self.seed = data, draw, seed
+
+    def __getitem__(self, key):
+        epoch, index = key
+        torch.manual_seed(seed_for(self.seed, epoch, index))
+        return self.draw(self.data[index])
+
+
+def leave_signals_to_trainer(_worker=None):
+    """Start a loader worker: it leaves Ctrl-C and SIGTERM, which a scheduler sends to every process
+    of a job, to the training process, and ends when SIGTERM comes from there."""
+    def wait():
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def steps_per_epoch(data, batch_size):
+    """The number of whole batches in ``data``.
+
+    Raises InputError if there is none, or if a batch cannot be shared out equally.
+    """
+    if batch_size % world_size():
+        raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
+    if len(data) < batch_size:
+        raise InputError(f"batch size {batch_size} is more than all {len(data)} images")
+    return len(data) // batch_size
+
+
+def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
+    """This process's share of the batches of ``steps`` (a range), as a DataLoader.
+
+    draw: an item of ``data`` -> what goes into a batch, such as an image's views; batch_size is
+    global.  A step's batch depends on (seed, step) alone, whatever step comes first and however
+    many workers there are.  An epoch leaves out the images that do not fill a batch.
+    """
+    per_epoch, share = steps_per_epoch(data, batch_size), batch_size // world_size()
+
+    def batches():
+        for step in steps:
+            epoch, part = divmod(step, per_epoch)
+            if part == 0 or step == steps[0]:
+                order = np.random.default_rng([seed, epoch]).permutation(len(data))
+            start = part * batch_size + rank() * share
+            yield [(epoch, int(i)) for i in order[start:start + share]]
+
+    return DataLoader(_Seeded(data, draw, seed), batch_sampler=batches(), num_workers=workers,
+                      collate_fn=collate_fn, worker_init_fn=leave_signals_to_trainer,
+                      pin_memory=torch.cuda.is_available())
+
+
+# ------------------------------------------------- colour and blur (on the device, a batch at once)
+# x (B, 3, H, W) float in 0..1; factor (B,): as torchvision.transforms.functional's adjust_*, but
+# with a strength for each image.
+
+
+def _grey(x):
+    red, green, blue = x.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue  # (B, 1, H, W)
+
+
+def _blend(x, other, factor):
+    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+
+
+def adjust_brightness(x, factor):
+    """factor 0: black; 1: unchanged."""
+    return _blend(x, torch.zeros_like(x), factor)
+
+
+def adjust_contrast(x, factor):
+    """factor 0: the mean grey of each image; 1: unchanged."""
+    return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True).expand_as(x), factor)
+
+
+def adjust_saturation(x, factor):
+    """factor 0: grey; 1: unchanged."""
+    return _blend(x, _grey(x).expand_as(x), factor)
+
+
+def adjust_hue(x, shift):
+    """Turn the hue by ``shift`` (B,) of a full circle, -0.5..0.5; value and chroma stay."""
+    red, green, blue = x.unbind(1)  # (B, H, W) each
+    value, low = x.amax(1), x.amin(1)
+    chroma = value - low
+    divisor = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == red, (green - blue) / divisor, torch.where(
+        value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor))
+    corner = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green, blue
+    k = (corner + (hue + 6 * shift.view(-1, 1, 1)).unsqueeze(1)) % 6  # (B, 3, H, W)
+    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def gaussian_blur(x, sigma):
+    """A Gaussian of ``sigma`` (B,) pixels, at most 2; 13 taps (3 sigma), one axis at a time."""
+    taps = torch.arange(-6, 7, device=x.device)
+    kernel = torch.softmax(-(taps / sigma.unsqueeze(1)) ** 2 / 2, dim=1)  # (B, 13), rows sum to 1
+    kernel = kernel.repeat_interleave(3, dim=0)  # (3B, 13)
+    y = F.pad(x, (6, 6, 6, 6), mode="reflect").flatten(0, 1).unsqueeze(0)  # (1, 3B, H+12, W+12)
+    y = F.conv2d(y, kernel[:, None, :, None], groups=len(kernel))
+    y = F.conv2d(y, kernel[:, None, None, :], groups=len(kernel))
+    return y.view_as(x)
+
+
+def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2, p_blur=0.5,
+                   p_solarize=0.0, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+    """Colour jitter, grey, blur, solarize and normalisation of a batch of views, on its device.
+
+    pixels: (B, 3, H, W) uint8; jitter: strengths of brightness, contrast, saturation and hue; the
+    p_* are the chances of each image, whose strengths are drawn for itself.  The order of the four
+    parts of the jitter is drawn once for the batch.  mean, std: of red, green and blue in 0..1.
+    Returns (B, 3, H, W) float32.
+    """
+    x = pixels.float() / 255
+    number, device = len(x), x.device
+
+    def chosen(p):  # drawn on the CPU, where the number of chosen images is then known
+        return torch.rand(number) < p
+
+    jittered = chosen(p_jitter)
+    operations = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    for i in torch.randperm(4).tolist():
+        change = (2 * torch.rand(number) - 1) * jitter[i]  # (B,) in -strength..strength
+        change = torch.where(jittered, change, 0).to(device, non_blocking=True)
+        x = operations[i](x, change if i == 3 else (1 + change).clamp(min=0))
+    x = adjust_saturation(x, (~chosen(p_grey)).to(device, x.dtype, non_blocking=True))
+
+    blurred, sigma = chosen(p_blur).nonzero().flatten(), 0.1 + 1.9 * torch.rand(number)
+    if len(blurred):
+        sigma = sigma[blurred].to(device, non_blocking=True)
+        blurred = blurred.to(device, non_blocking=True)
+        x = x.index_copy(0, blurred, gaussian_blur(x[blurred], sigma))
+    if p_solarize:
+        solarized = chosen(p_solarize).to(device, non_blocking=True).view(-1, 1, 1, 1)
+        x = torch.where(solarized & (x >= 0.5), 1 - x, x)
+    mean, std = (torch.tensor(v).to(device, non_blocking=True).view(3, 1, 1)
+                 for v in (mean, std))
+    return (x - mean) / std
+
+
+def _channel_sums(images, index):
+    """Number of pixels, sums and sums of squares of red, green and blue (3, 3), exact."""
+    i, image = images.numbered(index)
+    x = image.flatten(1).long()  # (3, HW)
+    sums = torch.stack([torch.full((3,), x.shape[1]), x.sum(1), (x * x).sum(1)])
+    return sums * (i == index)  # 0 where another image takes its place
+
+
+def measure_normalisation(images, workers=0):
+    """Mean and standard deviation of red, green and blue, over all pixels of all images.
+
+    images: as open_images gives them; the processes share the work.  Prints them as the commands'
+    flags take them, and returns two lists of 3, in 0..1.  Raises InputError as report_broken does.
+    """
+    share = range(rank(), len(images), world_size())
+    loader = DataLoader(share, batch_size=None, num_workers=workers,
+                        collate_fn=partial(_channel_sums, images),
+                        worker_init_fn=leave_signals_to_trainer)
+    sums = sum(loader, torch.zeros(3, 3, dtype=torch.long))
+    count, total, squares = all_reduce_sum(sums).double()  # (3,) each
+    mean = total / count / 255
+    std = (squares / count / 255 ** 2 - mean ** 2).clamp(min=0).sqrt()
+    number = len(images)
+    if isinstance(images, ImageFiles):
+        number -= images.report_broken(print, "left out")
+    if rank() == 0:
+        print(f"{number} images:  --mean {' '.join(f'{v:.4f}' for v in mean)}"
+              f" --std {' '.join(f'{v:.4f}' for v in std)}", flush=True)
+    return mean.tolist(), std.tolist()

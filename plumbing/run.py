@@ -1,0 +1,435 @@
+"""What every command does around its own work: flags, processes, precision, and the folder of a run
+with its log, checkpoint, resume, signals and curves."""
+import argparse
+import csv
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+import warnings
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from common import InputError, all_gather, all_reduce_sum, rank, world_size
+from plumbing.images import (IMAGENET_MEAN, IMAGENET_STD, load_batches, seed_for,
+                             steps_per_epoch)
+from plumbing.weights import load_checkpoint, save_checkpoint, save_tensors
+
+# ------------------------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises InputError for what it cannot parse."""
+
+    def error(self, message):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def real(low, high=math.inf, kind=float):
+    """An argparse type: a number from ``low`` to ``high``, both included."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            limits = f"at least {low}" if high == math.inf else f"from {low} to {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {limits}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names it where the text is no number
+    return parse
+
+
+def whole(low, high=math.inf):
+    """An argparse type: a whole number from ``low`` to ``high``, both included."""
+    return real(low, high, int)
+
+
+def add_run_arguments(parser, out):
+    """Add the flags of every training command that say where and how it runs, not what it does."""
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default=out, help="folder of the run (default %(default)s)")
+    add("--workers", type=whole(0), default=min(8, os.cpu_count() or 1),
+        help="loader workers per process (default %(default)s)")
+    add("--seed", type=whole(0), default=0, help="of weights, views and batches")
+    add("--precision", choices=("bfloat16", "float32"),
+        help="of the networks (default bfloat16 on GPUs, float32 on CPUs)")
+    add("--log-every", type=whole(1), default=20, help="steps between lines of log.csv")
+    add("--fresh", action="store_true", help="start over in the folder of a run")
+
+
+def add_backbone_arguments(parser):
+    """Add the flags of the commands that compare backbones, as load_backbones takes them."""
+    add = parser.add_argument_group("backbones").add_argument
+    add("--weights", nargs="+", default=["none"], metavar="FILE", help="files, or none (default)")
+    add("--labels", nargs="+", help="their names in tables and figures (default: their folders')")
+    add("--arch", nargs="+", help="torchvision's name of a ResNet or Swin Transformer, of each or "
+        "of all (default: resnet50; for built-in scenes resnet18)")
+    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
+        help="of red, green and blue, in 0..1, as in pre-training (default: ImageNet's)")
+    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
+        help="their standard deviations")
+    add("--seed", type=whole(0), default=0, help="of random weights and of all that is drawn")
+
+
+# ---------------------------------------------------------------------------- processes and devices
+
+
+def launch(work, parse_args, argv=None):
+    """Run a command, ``work(parse_args(argv), device)``, as one of torchrun's processes or alone.
+
+    Answers bad input with one line and exit status 1.
+    """
+    local_rank, out = int(os.environ.get("LOCAL_RANK", 0)), None
+    numbers = signal.SIGCHLD, signal.SIGINT, signal.SIGTERM  # torch's SIGCHLD handler raises too
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        try:
+            signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does
+            args = parse_args(argv)
+            out = args.out
+            work(args, setup())
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    except (RuntimeError, ConnectionError, EOFError) as error:  # EOFError: a loader worker is gone
+        lost = re.search("DataLoader worker.* (exited|killed).*|by peer|remote process", str(error))
+        if isinstance(error, RuntimeError) and not lost:
+            raise
+        worker = lost and lost[1]
+        why = lost[0] if worker else "another process has ended"
+        sys.exit(1 if local_rank and not worker else
+                 f"error: {why}; run the same command again to resume")
+    except (InputError, OSError) as error:
+        if local_rank:  # the first process says what all know, and torchrun then ends the others;
+            time.sleep(3)  # one that is still there has something of its own to say
+        full_disk = isinstance(error, OSError) and error.filename is None
+        where = f"{out}: " if full_disk else ""
+        sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())
+    except KeyboardInterrupt as stopped:  # before the first step, or after the last
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _interrupt(number, _frame):
+    raise KeyboardInterrupt(number)
+
+
+def setup():
+    """Join the processes that torchrun started, if it did -> this process's device."""
+    cuda, local_rank = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", 0))
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+    if "RANK" in os.environ and not dist.is_initialized():
+        get, store = os.environ.get, None
+        # torchrun's own store still holds the addresses of the processes before a restart
+        if get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            store = dist.TCPStore(get("MASTER_ADDR"), int(get("MASTER_PORT")), is_master=False)
+            store = dist.PrefixStore(f"restart {get('TORCHELASTIC_RESTART_COUNT')}", store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                rank=int(get("RANK")), world_size=int(get("WORLD_SIZE")))
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise InputError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
+    if cuda:
+        torch.cuda.set_device(local_rank)
+        torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one
+        torch.set_float32_matmul_precision("high")  # TF32: finer than the bfloat16 that comes in
+    return torch.device("cuda" if cuda else "cpu")
+
+
+def distribute(model, device, sync_batch_norm=False):
+    """Move a model to its device -> the model, and its wrapper for several processes (or itself).
+
+    sync_batch_norm: share batch norm's statistics over processes; on CPUs, where torch cannot, each
+    process has its own.
+    """
+    model = model.to(device, memory_format=torch.channels_last)
+    if world_size() == 1:
+        return model, model
+    if sync_batch_norm and device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model, DistributedDataParallel(model, broadcast_buffers=False,
+                                          gradient_as_bucket_view=True)
+
+
+def mixed_precision(args, device, side=math.inf):
+    """The context of a forward pass, in bfloat16 or float32 as --precision says; weights, their
+    gradients and the losses stay float32.  side: of the smallest images, in pixels.
+
+    Raises InputError for bfloat16 on CPUs with images so small that Res4 is one position, where
+    PyTorch (2.11, 2.15) leaves most of the gradient of Res5's first 3x3 weights uninitialised.
+    """
+    precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    if precision == "bfloat16" and device.type == "cpu" and side <= 16:
+        raise InputError(f"bfloat16 on CPUs needs images of more than 16 pixels, not {side}: "
+                         "PyTorch's gradients are wrong there")
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def gather_objects(mine):
+    """An object of any kind in each process -> the list of all, in rank order."""
+    if world_size() == 1:
+        return [mine]
+    everyone = [None] * world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone
+
+
+# ---------------------------------------------------------------------------------------- the run
+
+
+def check_queue(size, keys_per_step, m, images):
+    """Refuse a queue shorter than one step's keys; warn if it is long for this data set, or for
+    the momentum m of the key encoder.  images: their number."""
+    if size < keys_per_step:
+        raise InputError(f"queue size {size} is less than the {keys_per_step} keys of a step")
+    if rank() == 0 and size > images / 4:
+        print(f"warning: a queue of {size} is more than a quarter of {images} images: an image "
+              "meets its own earlier keys as negatives")
+    drift = size / keys_per_step * (1 - m)
+    if rank() == 0 and drift > 0.3:
+        print(f"warning: (K/B)(1-m) is {drift:.2f} (MoCo's: 0.26): while a key is in the queue its "
+              "encoder changes so much that old keys look different, whatever they show")
+
+
+class Run:
+    """The folder of a run, and what happens there after every step.
+
+    args: the command's; method: its name, kept in the checkpoint; images: the data set; steps: how
+    many there are in all (default: args.epochs of it), 0 where nothing trains; parts: name ->
+    module or optimizer, all that a checkpoint must hold.  If the folder holds a checkpoint, the run
+    resumes at once: ``step`` is the number of steps done.
+    Raises InputError: no batch in the data, a checkpoint of another method or of other arguments.
+    """
+
+    FREE = ("out", "workers", "log_every", "fresh")  # arguments that may change when a run resumes
+
+    def __init__(self, args, method, images, steps=None, **parts):
+        self.method, self.images, self.parts = method, images, parts
+        self.steps_per_epoch = 1 if steps == 0 else steps_per_epoch(images, args.batch_size)
+        self.steps = args.epochs * self.steps_per_epoch if steps is None else steps
+        self.args = {k: v for k, v in vars(args).items() if k not in self.FREE}
+        self.batch_size, self.seed, self.workers = args.batch_size, args.seed, args.workers
+        self.out, self.log_every, self.step = Path(args.out), args.log_every, 0
+        self.checkpoint, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
+        groups = parts["optimizer"].param_groups if "optimizer" in parts else []
+        self.initial_lrs = [group["lr"] for group in groups]
+        self.window, self.signal = [], 0
+        self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.out.mkdir(parents=True, exist_ok=True)
+        if rank() == 0:
+            self._lock()
+        if args.fresh and rank() == 0:
+            for old in ("checkpoint.pt", "backbone.pt", "detector.pt", "curves.png",
+                        "correlation.png", "ap.json", "detections.png"):
+                (self.out / old).unlink(missing_ok=True)
+        if world_size() > 1:
+            dist.barrier()
+        if self.checkpoint.exists():
+            self._resume()
+        if all_gather(torch.tensor([self.step])).unique().numel() > 1:
+            raise InputError(f"{self.out} is not one folder that all processes see")
+        if rank() == 0:
+            self._truncate_log()
+            (self.out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        self.start_clock()
+
+    def start_clock(self):
+        """Measure speed from now on: what comes before the first step does not count."""
+        self.drawn = time.monotonic()
+        self.began = self.logged = (self.drawn, self.step)
+
+    def _lock(self):
+        """Keep other runs out of the folder for as long as this process lives, however it ends."""
+        self.lock = open(self.out / "lock", "a")
+        for wait in [0.1] * 50 + [0]:  # what is left of a killed run ends with its step
+            try:
+                return fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                time.sleep(wait)
+            except OSError:  # a file system without locks
+                return None
+        raise InputError(f"another run is at work in {self.out}: wait, or give another --out")
+
+    def _resume(self):
+        state = load_checkpoint(self.checkpoint)
+        method = state.get("method") if isinstance(state, dict) else None
+        if method != self.method:
+            raise InputError(f"{self.checkpoint} is a checkpoint of {method}, not of {self.method}")
+        try:
+            old, new = state["args"], json.loads(json.dumps(self.args))
+            changed = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
+                       if old.get(k) != new.get(k)]
+            if changed:
+                raise InputError(f"{self.out} holds a run with other arguments: "
+                                 f"{', '.join(changed)}; give the same ones, another --out, or "
+                                 "--fresh to start over")
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
+            self.step = int(state["step"])
+        except InputError:
+            raise
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"{self.checkpoint} does not fit: "
+                             f"{' '.join(str(error).split())[:200]}") from None
+        self.say(f"{self.out}: resuming after step {self.step}" if self.step < self.steps else
+                 f"{self.out}: finished, all {self.steps} steps are done; --fresh starts over")
+
+    def _truncate_log(self):
+        """Drop the rows of log.csv after the checkpoint's step: a killed run may have left some."""
+        if self.table.exists():
+            header, *rows = self.table.read_text(errors="replace").split("\n")
+            rows = [r for r in rows if r.count(",") == header.count(",")
+                    and r.split(",")[0].isdigit() and int(r.split(",")[0]) <= self.step]
+            kept = self.table.with_suffix(".tmp")
+            kept.write_text("".join(f"{r}\n" for r in [header, *rows]) if rows else "")
+            os.replace(kept, self.table)
+
+    def batches(self, data, draw, steps=None, collate_fn=None):
+        """Yield (step, this process's batch) for the steps still to do, or for ``steps``, a range.
+
+        draw, collate_fn: as load_batches takes them.  What follows a batch draws its random numbers
+        (colours, shuffling) from (seed, step, rank).  From now on Ctrl-C and SIGTERM wait for
+        ``stop_if_asked``.
+        """
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _frame: setattr(self, "signal", number))
+        steps = range(self.step, self.steps) if steps is None else steps
+        loader = load_batches(data, draw, self.batch_size, steps, self.seed, self.workers,
+                              collate_fn)
+        for step, batch in zip(steps, loader):
+            torch.manual_seed(seed_for(self.seed, step, rank()))
+            yield step, batch
+
+    def fill_queues(self, queues, batches, encode, mixed=nullcontext()):
+        """Before the first step, fill each queue with keys of real images.
+
+        batches: a range of steps -> (step, *views) of each; here of steps after the last, which are
+        never trained on.  encode: *views -> the keys (n, D) of each queue; mixed: its context, as
+        mixed_precision returns it.
+        """
+        if self.step:
+            return
+        size = len(queues[0].keys)
+        self.say(f"filling {len(queues)} queue{'s' if len(queues) > 1 else ''} of {size} keys")
+        extra = math.ceil(size / self.batch_size)
+        for _, *views in batches(range(self.steps, self.steps + extra)):
+            with mixed:  # not around the loop: the views' colours are float32
+                keys = encode(*views)
+            for queue, k in zip(queues, keys):
+                queue.push(k)
+            self.stop_if_asked()
+        self.start_clock()
+
+    def say(self, text, rewrite=False):
+        """Print a line, once for all processes; on a terminal the next one may take its place."""
+        if rank() == 0 and not sys.stdout.isatty():
+            print(text, flush=True)
+        elif rank() == 0:
+            text = text[:shutil.get_terminal_size().columns - 1] if rewrite else text
+            print("\r\033[K" + text, end="" if rewrite else "\n", flush=True)
+
+    def stop_if_asked(self):
+        """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number."""
+        if self.parent not in (None, os.getppid()):
+            os._exit(1)  # torchrun was killed: nothing else would end this process
+        number = torch.tensor(self.signal)
+        if world_size() > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX)
+        if number:
+            if self.step:
+                self._log()
+                self._save(last=True)
+            self.say(f"stopped by {signal.Signals(int(number)).name}; run the same command again "
+                     f"to resume after step {self.step}")
+            sys.exit(128 + int(number))
+
+    def scale_learning_rates(self, factor):
+        """Set the learning rate of each of the optimizer's parameter groups to its initial one
+        times ``factor`` -> the first group's."""
+        for group, initial in zip(self.parts["optimizer"].param_groups, self.initial_lrs):
+            group["lr"] = initial * factor
+        return self.initial_lrs[0] * factor
+
+    def end_step(self, loss, lr, **parts):
+        """Count a step, then log it, save it or stop after it, if one of these is due.
+
+        loss and parts: 0-dim tensors, read only when a line is logged; lr: a number.
+        """
+        self.step += 1
+        self.window.append(torch.stack([v.detach().float() for v in (loss, *parts.values())]))
+        self.names, self.lr, done = ("loss", *parts), lr, self.step == self.steps
+        epoch_ends = done or self.step % self.steps_per_epoch == 0
+        if epoch_ends or self.step % self.log_every == 0:
+            self._log()
+        if epoch_ends:
+            self._save(last=done)
+        if not done:
+            self.stop_if_asked()
+
+    def finish(self, stages, note="the pre-trained ResNet"):
+        """Write a backbone, ResNetStages or SwinStages, to backbone.pt, and say so."""
+        if rank() == 0:
+            save_tensors(stages.state_dict(), self.out / "backbone.pt")
+        self.say(f"{self.out / 'backbone.pt'} is {note}")
+
+    def draw_correlation(self, z1, z2):
+        """Draw how the dimensions of two batches of embeddings (N, D) of all processes correlate,
+        into correlation.png."""
+        if rank() == 0:
+            from plumbing.figures import draw_correlation
+            draw_correlation(z1, z2, self.out / "correlation.png")
+
+    def _log(self):
+        if not self.window:
+            return
+        values = all_reduce_sum(torch.stack(self.window)) / world_size()  # (steps, columns)
+        values, self.window = values.cpu(), []  # the only place where the loop waits for the device
+        wrong = (~values[:, 0].isfinite()).nonzero()
+        if len(wrong):
+            kept = f"{self.checkpoint} is the last good one" if self.checkpoint.exists() else "none"
+            step = self.step - len(values) + 1 + int(wrong[0])
+            raise InputError(f"the loss is not finite at step {step}; checkpoint: {kept}")
+        if hasattr(self.images, "report_broken"):
+            self.images.report_broken(self.say, "another image takes its place")
+        now, (then, step_then), (start, step_start) = time.monotonic(), self.logged, self.began
+        self.logged = (now, self.step)
+        speed = (self.step - step_then) * self.batch_size / (now - then)
+        left = (self.steps - self.step) * (now - start) / (self.step - step_start) / 60
+        row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
+        if rank() == 0:
+            epoch = round(self.step / self.steps_per_epoch, 4)
+            line = dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1))
+            with open(self.table, "a", newline="") as file:
+                writer = csv.DictWriter(file, line, lineterminator="\n")
+                if not file.tell():
+                    writer.writeheader()
+                writer.writerow(line)
+        columns = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
+        self.say(f"epoch {math.ceil(self.step / self.steps_per_epoch)}/"
+                 f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "
+                 f"{left:.1f} min left  {speed:.0f} images/s  {columns}", self.step < self.steps)
+
+    def _save(self, last=False):
+        weights = [p for part in self.parts.values() if isinstance(part, nn.Module)
+                   for p in part.parameters()]
+        if not all(p.isfinite().all() for p in weights):
+            raise InputError(f"the weights are not finite after step {self.step}: not saved")
+        if rank() == 0:
+            save_checkpoint(self.checkpoint, dict(
+                {name: part.state_dict() for name, part in self.parts.items()},
+                method=self.method, args=self.args, step=self.step))
+            if last or time.monotonic() - self.drawn > 60:
+                from plumbing.figures import draw_curves, read_log
+                draw_curves({"": read_log(self.table)}, self.out / "curves.png")
+                self.drawn = time.monotonic()

@@ -1,0 +1,168 @@
+"""Everyone's weight files -> a backbone.  Files are told apart by the names of their tensors."""
+import argparse
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from common import InputError, SwinStages, backbone_stages, rank
+
+LEVELS = ["res2", "res3", "res4", "res5"]  # the names of a backbone's stages, in their order
+
+
+def save_checkpoint(path, state):
+    """Write ``state`` (a dict) whole or not at all: under a temporary name first, then renamed."""
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        Path(temporary).unlink(missing_ok=True)
+        raise error.__context__ or error  # torch's own would hide a full disk or a killed worker
+
+
+def load_checkpoint(path):
+    """The content of a file that torch.save wrote, on the CPU.
+
+    Only tensors and plain containers are read (weights_only=True), so no code in the file runs.
+    Raises InputError if it holds anything else, or cannot be read.
+    """
+    if not os.path.isfile(path):
+        raise InputError(f"no such file: {path}")
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start[:1] == b"\x80" and start != b"\x80\x02\x8a\n":  # detectron2's .pkl; not torch's
+        other = "a bare pickle"
+    else:
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's files hold one
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch's messages for a file that is cut off would mislead
+            found = re.search(r"GLOBAL (\S+)", str(error))
+            other = found and found[1]
+    raise InputError(
+        f"{path} holds more than tensors ({other}), and unpickling it can run code; for a file that "
+        "you trust README shows how to keep its tensors" if other else
+        f"{path} holds no tensors that can be read: it is empty, cut off or of another kind")
+
+
+def save_tensors(state, path):
+    """Write a state dict's tensors, contiguous and on the CPU."""
+    save_checkpoint(path, {name: tensor.detach().cpu().contiguous().clone()
+                           for name, tensor in state.items()})
+
+
+def detectron2_name(name):
+    """detectron2's name of the ResNet tensor that torchvision calls ``name``."""
+    name = re.sub(r"^(?=conv1|bn1)", "stem.", name)
+    name = re.sub(r"\bbn(\d)", r"conv\1.norm", name)
+    name = re.sub(r"^layer(\d)", lambda layer: f"res{int(layer[1]) + 1}", name)
+    return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
+
+
+# matches the prefix of a momentum encoder, or of another average of the weights
+AVERAGED = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
+                      "averaged?|momentum|target|teacher")
+
+
+def _find_backbone(stages, state, path):
+    """The prefix of the backbone's names in ``state``, the function that gives its spelling of
+    torchvision's names, and the prefixes of other backbones there."""
+    if isinstance(stages, SwinStages):
+        kind, spellings = "Swin Transformer", [str]
+        required = "features.0.0.weight", "features.1.0.norm1.weight"
+    else:
+        kind, spellings = "ResNet", [str, detectron2_name]
+        required = "conv1.weight", "layer1.0.conv1.weight"  # both, as every block has a conv1
+    found = [(name.removesuffix(spell(required[0])), spell)
+             for spell in spellings for name in state if name.endswith(spell(required[0]))]
+    found = [(prefix, spell) for prefix, spell in found
+             if all(prefix + spell(name) in state for name in required)]
+    if not found:
+        raise InputError(f"{path} holds no {kind}: no {' and '.join(required)}"
+                         + (", nor detectron2's" if len(spellings) > 1 else ""))
+    found.sort(key=lambda f: bool(AVERAGED.search(f[0])))  # stable: otherwise the first one
+    (prefix, spell), *others = found
+    return prefix, spell, [other for other, _ in others]
+
+
+def load_backbone(stages, path):
+    """Copy a pre-trained backbone into ``stages``, and say what was loaded.
+
+    Reads torchvision's names (also those of our files, Barlow Twins', VICReg's and OpenSelfSup's)
+    and, for a ResNet, detectron2's, under any prefix (MoCo: module.encoder_q., SoCo:
+    module.encoder.).  Of several backbones it takes the trained one, not an average of it.
+    Returns the file's other tensors by name.  Raises InputError, and loads nothing, if a tensor is
+    missing, not finite or of another shape: half of a backbone looks like a bad method.
+    """
+    state = load_checkpoint(path)
+    for key in ("state_dict", "model", "state_dict"):
+        state = state[key] if isinstance(state, dict) and key in state else state
+    items = state.items() if isinstance(state, dict) else ()
+    state = {name: value for name, value in items if isinstance(name, str)}
+    prefix, spell, others = _find_backbone(stages, state, path)
+    loaded, rest = {}, dict(state)
+    for name, tensor in stages.state_dict().items():
+        theirs = prefix + spell(name)
+        if theirs in state:
+            loaded[name] = value = rest.pop(theirs)
+            if not torch.is_tensor(value):
+                raise InputError(f"{path}: {theirs} is no tensor")
+            if value.shape != tensor.shape:
+                raise InputError(f"{path}: {theirs} is {tuple(value.shape)}, not "
+                                 f"{tuple(tensor.shape)}: another architecture?")
+        elif not name.endswith("num_batches_tracked"):
+            raise InputError(f"{path}: {theirs} is missing: another architecture?")
+    for name in rest:  # a ResNet-101 holds everything that a ResNet-50 does, and more
+        if name.startswith(tuple(prefix + spell(f"{n}.") for n, _ in stages.named_children())):
+            raise InputError(f"{path}: {name} has no place: another architecture?")
+    for name, value in state.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity")
+    stages.load_state_dict(loaded, strict=False)
+    rest = {name: value for name, value in rest.items() if torch.is_tensor(value)}
+    if rank() == 0:
+        missing = len(stages.state_dict()) - len(loaded)
+        counters = " (batch norm counters, not needed)" if missing else ""
+        some = f" ({', '.join([*rest][:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
+        print(f"{path}: {len(loaded)} tensors loaded from '{prefix}*', {missing} missing{counters}"
+              f", {len(rest)} unexpected{some}"
+              + "".join(f"; not from '{other}*'" for other in others), flush=True)
+    return rest
+
+
+def name_weights(args):
+    """Fill in args.labels: by default, the folders of args.weights.
+
+    Raises InputError if there are not as many names as files, or two alike.
+    """
+    folders = [Path(path) if os.path.isdir(path) else Path(path).parent for path in args.weights]
+    args.labels = args.labels or ["random" if path == "none" else folder.absolute().name
+                                  for path, folder in zip(args.weights, folders)]
+    if len(args.labels) != len(args.weights):
+        raise InputError(f"{len(args.labels)} --labels for {len(args.weights)} --weights")
+    if len({*args.labels}) < len(args.labels):
+        raise InputError(f"two of the names are alike, use --labels: {' '.join(args.labels)}")
+
+
+def load_backbones(args, device):
+    """The networks of --weights, side by side: a list of (label, stages in eval mode, the file's
+    other tensors).  ``none`` among the weights is a backbone as it is initialised from --seed.
+
+    Fills in args.labels, as name_weights does.  Raises InputError.
+    """
+    name_weights(args)
+    archs = args.arch * len(args.weights) if len(args.arch) == 1 else args.arch
+    if len(archs) != len(args.weights):
+        raise InputError(f"{len(archs)} --arch for {len(args.weights)} --weights")
+    networks = []
+    for label, path, arch in zip(args.labels, args.weights, archs):
+        torch.manual_seed(args.seed)
+        stages = backbone_stages(arch)
+        rest = load_backbone(stages, path) if path != "none" else {}
+        networks.append((label, stages.eval().to(device), rest))
+    return networks

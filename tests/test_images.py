@@ -1,0 +1,378 @@
+import itertools
+from contextlib import redirect_stdout
+
+import numpy as np
+import pytest
+import torch
+from conftest import coordinates, make_photos, process_group, start_processes
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from common import InputError, View
+from plumbing import images as im
+from plumbing.images import IMAGENET_MEAN, IMAGENET_STD, ImageFiles, ImageFolder, augment_colour
+
+
+# ------------------------------------------------------------------------------------------- files
+
+
+def test_a_folder_of_any_layout_is_read_in_order(tmp_path):
+    make_photos(tmp_path / "b" / "deep", 2)
+    make_photos(tmp_path / "a with space", 1)
+    Image.new("RGB", (5, 4)).save(tmp_path / "ünï.PNG")
+    (tmp_path / "notes.txt").write_text("no image")
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "loop").symlink_to(tmp_path, target_is_directory=True)
+    images = ImageFolder(str(tmp_path))
+    assert images.names == ["a with space/0000.jpg", "b/deep/0000.jpg", "b/deep/0001.jpg",
+                            "ünï.PNG"]
+    assert images.paths == [f"{tmp_path}/{name}" for name in images.names]
+    assert images[0].shape == (3, 60, 80) and images[0].dtype == torch.uint8
+    assert len(images) == len(list(images)) == 4  # iteration ends
+    for same in (tmp_path, f"{tmp_path}/", f"{tmp_path}/b/.."):
+        assert ImageFolder(same).names == images.names
+
+
+def test_links_to_folders_elsewhere_are_followed_once(tmp_path):
+    make_photos(tmp_path / "far", 2)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "far", target_is_directory=True)
+    assert len(ImageFolder(str(tmp_path / "data"))) == 2
+    make_photos(tmp_path / "data" / "real" / "deep", 2)
+    make_photos(tmp_path / "data" / "real", 1)
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "data" / "real", target_is_directory=True)
+    names = ImageFolder(str(tmp_path / "data")).names  # each image once
+    assert names == ["again/0000.jpg", "again/deep/0000.jpg", "again/deep/0001.jpg",
+                     "link/0000.jpg", "link/0001.jpg"]
+
+
+def test_every_kind_of_image_becomes_rgb_uint8(tmp_path):
+    rgb = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(rgb).save(tmp_path / "rgb.png")
+    Image.fromarray(rgb).convert("RGBA").save(tmp_path / "alpha.png")
+    Image.fromarray(rgb[..., 0]).save(tmp_path / "grey.png")
+    Image.fromarray(rgb).convert("CMYK").save(tmp_path / "cmyk.jpg")
+    Image.fromarray(rgb).convert("P").save(tmp_path / "palette.gif")
+    Image.fromarray(rgb[..., 0].astype(np.uint16) * 257).save(tmp_path / "deep.png")
+    read = {p.name: im.read_image(p) for p in tmp_path.iterdir()}
+    assert all(x.shape == (3, 4, 6) and x.dtype == torch.uint8 for x in read.values())
+    expected = torch.from_numpy(rgb).permute(2, 0, 1)
+    assert torch.equal(read["rgb.png"], expected) and torch.equal(read["alpha.png"], expected)
+    assert torch.equal(read["grey.png"], expected[:1].expand(3, -1, -1))
+    assert torch.equal(read["deep.png"], expected[:1].expand(3, -1, -1))
+
+
+def test_a_broken_image_is_marked_and_replaced(tmp_path):
+    make_photos(tmp_path, 4)
+    whole = (tmp_path / "0001.jpg").read_bytes()
+    (tmp_path / "0001.jpg").write_bytes(whole[:len(whole) // 2])  # cut off
+    (tmp_path / "0002.jpg").write_text("a text")
+    images = ImageFolder(str(tmp_path))
+    assert torch.equal(images[1], images[3]) and torch.equal(images[2], images[3])
+    assert images.numbered(2)[0] == 3 and images.numbered(0)[0] == 0
+    assert images.broken.tolist() == [False, True, True, False]
+    for i in (0, 3):
+        (tmp_path / f"000{i}.jpg").write_bytes(b"")
+    with pytest.raises(InputError, match="none of the 4 images can be decoded: cannot identify"):
+        ImageFolder(str(tmp_path))[0]
+
+
+def test_no_folder_and_no_images(tmp_path):
+    with pytest.raises(InputError, match="no such folder"):
+        ImageFolder(str(tmp_path / "nowhere"))
+    with pytest.raises(InputError, match="no images below"):
+        ImageFolder(str(tmp_path))
+
+
+def test_images_of_a_folder_or_built_in_scenes(photos):
+    folder, scenes = im.open_images(str(photos), 5), im.open_images(None, 5)
+    assert len(folder) == 120 and len(scenes) == len(scenes.names) == 5
+    for images, shape in ((folder, (3, 60, 80)), (scenes, (3, 96, 96))):
+        index, image = images.numbered(4)
+        assert index == 4 and torch.equal(image, images[4]) and image.shape == shape
+
+
+def test_broken_files_are_named_once_each_with_the_reason(tmp_path):
+    make_photos(tmp_path, 2)
+    (tmp_path / "text.jpg").write_bytes(b"\xff\xd8 no more")
+    names = ["text.jpg", "0000.jpg", "missing.jpg", *["0001.jpg"] * 298]
+    images, said = ImageFiles([str(tmp_path / name) for name in names]), []
+    images.report_broken(said.append, "left out")
+    assert said == []
+    images[0], images[0]
+    images.report_broken(said.append, "left out")
+    images.report_broken(said.append, "left out")
+    images[2]
+    images.report_broken(said.append, "another image takes its place")
+    first, second = said
+    assert first == (f"cannot decode {images.paths[0]!r} (cannot identify image file "
+                     f"{images.paths[0]!r}): left out (1 of 301 so far)")
+    assert f"missing.jpg' ([Errno 2] No such file or directory: '{tmp_path}" in second
+    assert second.endswith("): another image takes its place (2 of 301 so far)")
+    images.broken[3:5] = True  # 4 of 301
+    with pytest.raises(InputError, match="^4 of 301 images cannot be decoded: over 1%$"):
+        images.report_broken(said.append, "left out")
+
+
+# ------------------------------------------------------------------------------------------- views
+
+
+@pytest.mark.parametrize("height, width, size", [(200, 250, 32), (101, 64, 48), (40, 240, 16)])
+def test_crop_boxes_say_where_the_pixels_come_from(height, width, size):
+    image = coordinates(width, height)
+    torch.manual_seed(0)
+    flips, shares = 0, []
+    for _ in range(200):
+        view = im.random_resized_crop(image, size, scale=(0.2, 1.0))
+        assert view.pixels.shape == (3, size, size) and view.pixels.dtype == torch.uint8
+        x1, y1, x2, y2 = view.box.tolist()
+        assert 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+        flips += view.flipped
+        shares.append((x2 - x1) * (y2 - y1) / (width * height))
+        x, y = view.pixels[0].float().mean(0), view.pixels[1].float().mean(1)  # (size,) each
+        x = x.flip(0) if view.flipped else x
+        inside = slice(2, -2)  # the resampling filter is cut off at the border
+        centres = (torch.arange(size) + 0.5) / size
+        assert (x - (x1 + centres * (x2 - x1) - 0.5)).abs()[inside].max() < 1.1
+        assert (y - (y1 + centres * (y2 - y1) - 0.5)).abs()[inside].max() < 1.1
+    assert 70 < flips < 130
+    if height * 2 > width:  # a long strip cannot give large crops of these ratios
+        assert min(shares) > 0.17 and max(shares) > 0.8
+
+
+def test_two_views_are_two_independent_crops():
+    image = coordinates(80, 60)
+    torch.manual_seed(0)
+    views = im.two_views(image, 16, (0.3, 0.9))
+    torch.manual_seed(0)
+    for view in views:
+        expected = im.random_resized_crop(image, 16, (0.3, 0.9))
+        assert torch.equal(view.pixels, expected.pixels) and torch.equal(view.box, expected.box)
+    assert not torch.equal(views[0].box, views[1].box) and len(views) == 2
+
+
+def draw(image):
+    return im.random_resized_crop(image, 16), im.random_resized_crop(image, 24)
+
+
+def views_of(data, workers, steps=range(3, 9), seed=5):
+    return list(im.load_batches(data, draw, 8, steps, seed, workers))
+
+
+def test_views_depend_on_seed_epoch_and_image_alone(photos):
+    data = ImageFolder(photos)
+    data.paths = data.paths[:20]  # 2 batches of 8 an epoch: steps 3..8 cross epochs
+    zero = views_of(data, 0)
+    assert isinstance(zero[0][0], View) and zero[0][0].flipped.dtype == torch.bool
+    assert zero[0][1].pixels.shape == (8, 3, 24, 24) and zero[0][0].box.shape == (8, 4)
+    for workers in (1, 2):
+        for ours, theirs in zip(zero, views_of(data, workers), strict=True):
+            for a, b in zip(ours, theirs):
+                assert all(torch.equal(x, y) for x, y in zip(a, b))
+    later = views_of(data, 0, range(6, 9))  # resumed: the same steps
+    assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(zero[3:], later, strict=True))
+    assert not torch.equal(zero[1][0].pixels, zero[3][0].pixels)  # another epoch
+    assert not torch.equal(zero[0][0].pixels, views_of(data, 0, seed=6)[0][0].pixels)
+
+
+def test_an_epoch_visits_images_once():
+    data = torch.arange(23)
+    steps = list(im.load_batches(data, lambda x: x, 5, range(8), 0, 0))
+    for epoch in (torch.cat(steps[:4]), torch.cat(steps[4:])):
+        assert len(epoch.unique()) == 20
+    assert not torch.equal(torch.cat(steps[:4]), torch.cat(steps[4:]))
+
+
+def test_seeds_of_several_numbers():
+    seeds = {im.seed_for(*numbers) for numbers in itertools.product(range(3), repeat=3)}
+    assert len(seeds) == 27 and all(0 <= seed < 2 ** 64 for seed in seeds)
+    assert im.seed_for(3, 2 ** 40) == im.seed_for(3, 2 ** 40)
+
+
+# ------------------------------------------------------------------------------------------ colour
+
+
+@pytest.mark.parametrize("ours, theirs, factors", [
+    (im.adjust_brightness, TF.adjust_brightness, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (im.adjust_contrast, TF.adjust_contrast, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (im.adjust_saturation, TF.adjust_saturation, [0.0, 0.6, 1.0, 1.4, 3.0]),
+    (im.adjust_hue, TF.adjust_hue, [-0.5, -0.1, 0.0, 0.07, 0.5])])
+def test_colour_operations_equal_torchvisions(ours, theirs, factors):
+    x = torch.rand(5, 3, 33, 20, generator=torch.Generator().manual_seed(0))
+    x[:, :, 0] = x[:, :1, 0]  # greys, black, white and ties between channels
+    x[:, :, 1], x[:, :, 2] = 0, 1
+    x[:, 0, 3], x[:, 1, 4] = x[:, 1, 3], x[:, 2, 4]
+    got = ours(x, torch.tensor(factors))
+    for image, factor, result in zip(x, factors, got):
+        torch.testing.assert_close(result, theirs(image, factor), atol=2e-6, rtol=0)
+
+
+def test_blur_equals_torchvisions():
+    x = torch.rand(4, 3, 30, 21, generator=torch.Generator().manual_seed(0))
+    sigmas = [0.1, 0.5, 1.3, 2.0]
+    got = im.gaussian_blur(x, torch.tensor(sigmas))
+    for image, sigma, result in zip(x, sigmas, got):
+        expected = TF.gaussian_blur(image, [13, 13], [sigma, sigma])
+        torch.testing.assert_close(result, expected, atol=1e-6, rtol=0)
+
+
+PLAIN = dict(p_jitter=0, p_grey=0, p_blur=0)
+
+
+def denormalised(x):
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return x * std + mean
+
+
+def test_without_chances_colours_are_only_normalised():
+    pixels = torch.randint(0, 256, (3, 3, 16, 16), dtype=torch.uint8)
+    x = augment_colour(pixels, **PLAIN)
+    assert x.dtype == torch.float32
+    expected = TF.normalize(pixels / 255, IMAGENET_MEAN, IMAGENET_STD)
+    torch.testing.assert_close(x, expected, atol=1e-5, rtol=0)
+    mean, std = [0.1, 0.2, 0.3], (0.5, 0.6, 0.7)
+    x = augment_colour(pixels, **PLAIN, mean=mean, std=std)
+    torch.testing.assert_close(x, TF.normalize(pixels / 255, mean, std), atol=1e-5, rtol=0)
+
+
+def test_chances_and_strengths_are_each_images_own():
+    torch.manual_seed(0)
+    one = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8).expand(400, -1, -1, -1)
+    plain = one[0] / 255
+
+    def changed(**chances):
+        x = denormalised(augment_colour(one, **{**PLAIN, **chances}))
+        return x, (x - plain).abs().amax((1, 2, 3)) > 1e-3
+
+    x, hit = changed(p_jitter=0.8)
+    assert 280 < hit.sum() < 360
+    assert len({round(v, 5) for v in x[hit].mean((1, 2, 3)).tolist()}) > 0.9 * int(hit.sum())
+    x, hit = changed(p_grey=0.2)
+    assert 50 < hit.sum() < 115
+    assert (x[hit] - x[hit][:, :1]).abs().max() < 1e-5
+    torch.testing.assert_close(x[hit][0, 0], TF.rgb_to_grayscale(plain)[0], atol=1e-5, rtol=0)
+    x, hit = changed(p_blur=0.5)
+    spread = x.flatten(1).std(1)
+    assert 150 < hit.sum() < 240 and spread[hit].std() > 0.01  # sigmas differ
+    x, hit = changed(p_solarize=0.2)
+    assert 50 < hit.sum() < 115
+    torch.testing.assert_close(x[hit][0], TF.solarize(plain, 0.5), atol=1e-5, rtol=0)
+
+
+def test_strengths_stay_in_their_ranges():
+    torch.manual_seed(0)
+    flat = torch.full((500, 3, 8, 8), 100, dtype=torch.uint8)
+    off = dict(PLAIN, p_jitter=1)
+    bright = denormalised(augment_colour(flat, jitter=(0.4, 0, 0, 0), **off))
+    bright = bright.mean((1, 2, 3)) * 2.55  # (500,)
+    assert 0.59 < bright.min() < 0.63 and 1.37 < bright.max() < 1.41
+    assert abs(bright.mean() - 1) < 0.03
+    red = flat * torch.tensor([1, 0, 0], dtype=torch.uint8).view(3, 1, 1)
+    hue = denormalised(augment_colour(red, jitter=(0, 0, 0, 0.1), **off))
+    hue = hue[:, :, 0, 0]  # (500, 3)
+    shift = (hue[:, 1] - hue[:, 2]) * 2.55 / 6  # 100 to 1 of a sixth of the circle
+    assert -0.101 < shift.min() < -0.09 and 0.09 < shift.max() < 0.101
+
+
+def test_the_order_of_the_jitter_varies_with_the_batch(monkeypatch):
+    pixels, calls = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8), []
+
+    def recorded(name, function):
+        def operation(x, change):
+            calls.append(name)
+            return function(x, change)
+
+        return operation
+
+    for name in ("adjust_brightness", "adjust_contrast", "adjust_hue"):
+        monkeypatch.setattr(im, name, recorded(name, getattr(im, name)))
+    for seed in range(20):
+        torch.manual_seed(seed)
+        augment_colour(pixels)
+    assert len({tuple(calls[i:i + 3]) for i in range(0, 60, 3)}) == 6
+
+
+# ---------------------------------------------------------------------------------- normalisation
+
+
+def some_broken(folder):
+    """Small and large photos, 1 of 106 broken -> the images, the mean and the deviation of all
+    pixels that can be decoded, (3,) each."""
+    make_photos(folder, 4)
+    make_photos(folder / "large", 3, size=(300, 200), seed=1)
+    whole = ImageFolder(folder)
+    pixels = torch.cat([image.flatten(1) for image in whole], dim=1).double() / 255  # (3, all)
+    broken = folder / "large" / "9.jpg"
+    broken.write_bytes(b"no image")
+    images = ImageFiles([*whole.paths * 15, str(broken)])
+    return images, pixels.mean(1).tolist(), pixels.std(1, correction=0).tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
+    images, mean, std = some_broken(tmp_path)
+    found = im.measure_normalisation(images, workers)
+    assert found[0] == pytest.approx(mean, rel=1e-12) and found[1] == pytest.approx(std, rel=1e-9)
+    broken, result = capsys.readouterr().out.splitlines()
+    assert broken.startswith(f"cannot decode {images.paths[-1]!r} (cannot identify image file ")
+    assert broken.endswith("): left out (1 of 106 so far)")
+    assert result == (f"105 images:  --mean {' '.join(f'{v:.4f}' for v in mean)} "
+                      f"--std {' '.join(f'{v:.4f}' for v in std)}")
+    with pytest.raises(InputError, match="^1 of 8 images cannot be decoded: over 1%$"):
+        im.measure_normalisation(ImageFolder(tmp_path), workers)
+
+
+def test_normalisation_of_scenes(capsys):
+    scenes = im.open_images(None, 3)
+    pixels = torch.cat([image.flatten(1) for image in scenes], dim=1).double() / 255
+    mean, std = im.measure_normalisation(scenes)
+    assert mean == pytest.approx(pixels.mean(1).tolist(), rel=1e-12)
+    assert std == pytest.approx(pixels.std(1, correction=0).tolist(), rel=1e-9)
+    assert capsys.readouterr().out.startswith("3 images:  --mean 0.")
+
+
+# ---------------------------------------------------------------------------------- two processes
+
+
+def one_of_two(number, folder, images, mean, std):
+    with process_group(number, 2, folder), open(folder / f"{number}.txt", "w") as out, \
+            redirect_stdout(out):
+        found = im.measure_normalisation(images)  # half of them each
+        assert found[0] == pytest.approx(mean, rel=1e-12)
+        assert found[1] == pytest.approx(std, rel=1e-9)
+        one = ImageFiles(images.paths[:1])  # none for the second process
+        expected = one[0].flatten(1).double().mean(1) / 255
+        assert im.measure_normalisation(one)[0] == pytest.approx(expected.tolist(), rel=1e-12)
+
+        files, said = ImageFiles(images.paths[:-1] * 2), []
+        for i in (5, 70, 150, 200):
+            files.paths[i] = images.paths[-1]
+        files[(70, 150)[number]]
+        files.report_broken(said.append, "left out")
+        files.report_broken(said.append, "left out")
+        assert len(said) == (2 if number == 0 else 0)
+        assert all("9.jpg' (cannot identify" in line and "(2 of 210 so far)" in line
+                   for line in said)
+        files[(5, 200)[number]]
+        with pytest.raises(InputError, match="4 of 210 images cannot be decoded: over 1%"):
+            files.report_broken(said.append, "left out")
+
+        numbers = torch.arange(23)
+        shares = torch.stack([*im.load_batches(numbers, lambda x: x, 6, range(8), 0, 0)])  # (8, 3)
+        torch.save(shares, folder / f"{number}.pt")
+        with pytest.raises(InputError, match="batch size 5 does not divide over 2 processes"):
+            im.steps_per_epoch(numbers, 5)
+
+
+def test_two_processes_share_the_images_and_say_what_is_broken_once(tmp_path):
+    images, mean, std = some_broken(tmp_path / "data")
+    start_processes(one_of_two, (tmp_path, images, mean, std), 2)
+    out = (tmp_path / "0.txt").read_text()
+    assert (tmp_path / "1.txt").read_text() == ""
+    assert out.count("cannot decode") == 1  # whichever of them found it
+    assert out.count("105 images:  --mean ") == out.count("1 images:  --mean ") == 1
+    shares = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
+    whole = torch.stack([*im.load_batches(torch.arange(23), lambda x: x, 6, range(8), 0, 0)])
+    assert torch.equal(torch.cat(shares, dim=1), whole)  # in rank order
+    with pytest.raises(InputError, match="batch size 24 is more than all 23 images"):
+        im.steps_per_epoch(torch.arange(23), 24)
