@@ -40,10 +40,9 @@ from torchvision.ops import MLP
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
-from plumbing.images import (IMAGENET_MEAN, IMAGENET_STD, augment_colour, measure_normalisation,
-                             open_images, two_views)
-from plumbing.run import (Parser, Run, add_run_arguments, distribute, launch, mixed_precision, real,
-                          whole)
+from plumbing.images import augment_colour, measure_normalisation, open_images, two_views
+from plumbing.run import (Parser, Run, add_normalisation_arguments, add_run_arguments, distribute,
+                          launch, mixed_precision, real, whole)
 
 # Differs: the learning rate of weights follows the batch size, as the authors advise for 300 epochs
 # (github.com/facebookresearch/barlowtwins/issues/7); batch size -> rate per 256 images
@@ -179,10 +178,7 @@ def parse_args(argv=None):
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels (Sec. 2.2)")
     add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
     add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P", help="of each view")
-    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
-        help="of red, green and blue, in 0..1 (default: ImageNet's)")
-    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
-        help="their standard deviations")
+    add_normalisation_arguments(add)
     add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
     add("--lambd", type=real(0), default=0.0051, help="lambda (the authors' code)")
     add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")

@@ -55,8 +55,6 @@ from plumbing.images import augment_colour, open_images, random_resized_crop, tw
 from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
                           mixed_precision, real, whole)
 
-# ------------------------------------------------------------------------------------------- views
-
 
 class LocalView(NamedTuple):
     """A local view, and where its patches are to be cut from it, on the device."""
@@ -94,9 +92,6 @@ def cut_views(image, args):
         view, corners = local_view(image, args.local_size, args.local_scale, args.patch_size)
         views.append(LocalView(view._replace(pixels=augment(view.pixels)), corners))
     return views
-
-
-# ------------------------------------------------------------------------------- network and losses
 
 
 class Encoder(nn.Module):
@@ -182,9 +177,6 @@ class DetCo(nn.Module):
         statistics = contrast_statistics(q_g[-1], k[count - 1], negatives[count - 1])
         return loss, k, dict(loss_chance=chance * len(kinds) * sum(self.weights), **parts,
                              **statistics)
-
-
-# ---------------------------------------------------------------------------------------- training
 
 
 def train(args, device):

@@ -55,8 +55,6 @@ from plumbing.images import augment_colour, open_images, two_views
 from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
                           mixed_precision, real, whole)
 
-# ------------------------------------------------------------------------- views and their overlap
-
 
 class ColourAugment(RandAugment):
     """RandAugment with only those of its operations that leave every pixel in its place."""
@@ -112,9 +110,6 @@ def align(features, roi, flipped, roi_size, size):
     regions = roi_align(features, torch.cat([index, roi], dim=1), roi_size,
                         spatial_scale=features.shape[-1] / size, aligned=True)  # (B, C, S, S)
     return torch.where(flipped.view(-1, 1, 1, 1), regions.flip(3), regions)
-
-
-# ------------------------------------------------------------------------------- network and losses
 
 
 def patch_head(c_in, hidden, dim):
@@ -238,9 +233,6 @@ class DUPR(nn.Module):
             parts.update({f"{n}_{kind}": v for n, v in contrast_statistics(*deepest).items()})
         weights = sum(weight for _, _, weight in self.losses)
         return loss, keys, dict(loss_chance=chance * weights, **parts)
-
-
-# ---------------------------------------------------------------------------------------- training
 
 
 def train(args, device):

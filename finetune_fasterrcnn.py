@@ -35,9 +35,9 @@ from common import rank, world_size
 from detection.average_precision import coco_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.models import detect, detector_from_args, draw_detections, load_fine_tuned, restore
-from plumbing.images import IMAGENET_MEAN, IMAGENET_STD, leave_signals_to_trainer, steps_per_epoch
-from plumbing.run import (Parser, Run, add_run_arguments, distribute, gather_objects, launch,
-                          mixed_precision, real, whole)
+from plumbing.images import leave_signals_to_trainer, steps_per_epoch
+from plumbing.run import (Parser, Run, add_normalisation_arguments, add_run_arguments, distribute,
+                          gather_objects, launch, mixed_precision, real, whole)
 
 # What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, the drops,
 # VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.
@@ -54,9 +54,6 @@ RECIPES = {
                    max_size=96, fpn_channels=64, anchor_size=8, rois=64,
                    iterations=400, drops=[300, 360], warmup=40),  # small enough for two CPU cores
 }
-
-
-# -------------------------------------------------------------------------------------- evaluation
 
 
 def evaluate(model, dataset, args, device, run):
@@ -102,9 +99,6 @@ def measure(model, dataset, args, device, run):
         columns = [f"{k} {100 * v:.2f}" if v >= 0 else f"{k} n/a" for k, v in values.items()]
         if columns:
             run.say(f"{name}:  " + "  ".join(columns))
-
-
-# ---------------------------------------------------------------------------------------- training
 
 
 def iterations_and_drops(args, per_epoch):
@@ -204,9 +198,6 @@ def train(args, device):
     measure(model, test_set, args, device, run)
 
 
-# ------------------------------------------------------------------------------------------- flags
-
-
 def add_arguments(parser):
     """Add the flags.  A default that the data set decides is set by parse_args."""
     add = parser.add_argument_group("data").add_argument
@@ -226,10 +217,7 @@ def add_arguments(parser):
     add("--min-size", type=whole(32), nargs="+", help="short side in pixels, drawn from these; the "
         "last one for testing")
     add("--max-size", type=whole(32), default=1333, help="long side at most")
-    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M", help="of red, "
-        "green and blue, in 0..1, as in the pre-training (default: ImageNet's)")
-    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
-        help="their standard deviations")
+    add_normalisation_arguments(add)
     add("--fpn-channels", type=whole(1), default=256)
     add("--anchor-size", type=whole(1), default=32, help="side of the smallest anchors; four more "
         "sizes double it")

@@ -53,9 +53,6 @@ STRATEGIES = {  # colours, terms of the similarity, k
     "fast": (["hsv", "lab"], ["colour texture size fill", "texture size fill"], [50, 100])}
 
 
-# ------------------------------------------------------------------------------------ segmentation
-
-
 def colour_space(image, name):
     """(H, W, 3) uint8 RGB -> (H, W, 3) float32, 0..255, in "hsv" or "lab"."""
     picture = Image.fromarray(image)
@@ -136,9 +133,6 @@ def segment(a, b, weight, pixels, k, min_size):
     left = np.flatnonzero((a != b) & (np.minimum(size[a], size[b]) < min_size))
     no_limit = np.full(len(size), -1.0)  # below every weight: nothing joins but by its size
     return union(a[left], b[left], np.zeros(len(left)), size, no_limit, -1.0, min_size)[0][label]
-
-
-# ---------------------------------------------------------------------------------------- grouping
 
 
 class Regions(NamedTuple):
@@ -256,9 +250,6 @@ def keep_object_like(boxes, width, height):
     w, h = (boxes[:, 2:].astype(np.float64) - boxes[:, :2]).T
     side = np.sqrt(w * h / (width * height))
     return boxes[(w <= 3 * h) & (h <= 3 * w) & (side >= 0.3) & (side <= 0.8)]
-
-
-# ------------------------------------------------------------------------ proposals of a data set
 
 
 def propose(image, strategy, size):

@@ -62,8 +62,6 @@ from plumbing.run import (Parser, Run, add_run_arguments, distribute, launch, mi
 from plumbing.weights import save_tensors
 from selective_search import read_proposals, search
 
-# ----------------------------------------------------------------------- proposals (in the workers)
-
 
 def random_boxes(width, height, number=32):
     """Boxes (n, 4) anywhere in the image, sqrt(w h) and log(w / h) uniform between the bounds of
@@ -117,9 +115,6 @@ def find_proposals(args, images):
     if world_size() > 1:  # the other processes wait for hours, if need be
         dist.barrier(dist.new_group(backend="gloo", timeout=timedelta(days=30)))
     return read_proposals(path)
-
-
-# --------------------------------------------------------------------------- views (in the workers)
 
 
 def choose_boxes(boxes, crop, size, number):
@@ -179,9 +174,6 @@ def jitter_boxes(boxes, size, strength=0.1, p=0.5):
     r = r * (torch.rand_like(boxes[..., :1]) < p)
     moved, grown = corner + r[..., :2] * extent, extent + r[..., 2:] * extent
     return torch.cat([moved, moved + grown], dim=-1).clamp(0, size)
-
-
-# -------------------------------------------------------------------------------- network and loss
 
 
 class Network(nn.Module):
@@ -260,9 +252,6 @@ class SoCo(nn.Module):
             loss = loss + forth + back
             parts[f"similarity_v{i + 1}"] = -(forth + back).detach() / 4  # mean cosine
         return loss, dict(parts, **collapse_statistics(v[0].detach().float()))
-
-
-# ---------------------------------------------------------------------------------------- training
 
 
 def train(args, device):

@@ -42,10 +42,9 @@ from torchvision.ops import MLP
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
-from plumbing.images import (IMAGENET_MEAN, IMAGENET_STD, augment_colour, measure_normalisation,
-                             open_images, two_views)
-from plumbing.run import (Parser, Run, add_run_arguments, distribute, launch, mixed_precision, real,
-                          whole)
+from plumbing.images import augment_colour, measure_normalisation, open_images, two_views
+from plumbing.run import (Parser, Run, add_normalisation_arguments, add_run_arguments, distribute,
+                          launch, mixed_precision, real, whole)
 
 # Differs: the learning rate is that of 100 epochs (appendix C.4) and follows the batch size; the
 # paper's 0.2 is for 1000 epochs.  batch size -> rate per 256 images
@@ -193,10 +192,7 @@ def parse_args(argv=None):
     # Differs: chances of blur and solarize per view, as in the authors' code; the paper's are 0.5
     # and 0.1 in both
     add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P", help="of each view")
-    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
-        help="of red, green and blue, in 0..1 (default: ImageNet's)")
-    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
-        help="their standard deviations")
+    add_normalisation_arguments(add)
     add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
     add("--invariance", type=real(0), default=25.0, help="lambda, weight of s (Sec. 4.2)")
     add("--variance", type=real(0), default=25.0, help="mu, weight of v (Sec. 4.2)")

@@ -47,9 +47,6 @@ class LabelledScenes(Dataset):
         return image, dict(boxes=boxes, labels=labels, ignore=torch.zeros_like(labels).bool())
 
 
-# ------------------------------------------------------------------------------- annotation files
-
-
 class Object(NamedTuple):
     """An annotated object."""
     name: str  # of its class
@@ -150,9 +147,6 @@ def read_coco(root, split):
         raise InputError(f"{path} is not a COCO instances file: {error!r}" + (
             f" in the annotation {json.dumps(annotation)[:200]}" if annotation else "")) from None
     return classes, [*files.values()]
-
-
-# ------------------------------------------------------------------------------------ the data set
 
 
 def clip_box(box, size, source):

@@ -134,9 +134,6 @@ def as_float32(_module, _inputs, output):
     return type(output)(as_float32(None, None, part) for part in output)
 
 
-# ---------------------------------------------------------------------------- fine-tuned detectors
-
-
 def load_fine_tuned(path):
     """The content of a checkpoint of finetune_fasterrcnn, a dict with its args and its model.
     Raises InputError if the file is none."""

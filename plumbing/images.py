@@ -74,20 +74,20 @@ class ImageFiles(Dataset):
         raise InputError(f"none of the {len(self.paths)} images can be decoded{reason}")
 
     def report_broken(self, say, consequence):
-        """Name the files that any process found broken since the last call, each with the reason.
+        """Name files that a process has found broken, each once, ten per call, with the reason.
 
-        say: prints a line; consequence: what happens to such an image.  All processes have to call
-        it.  Returns how many are broken; raises InputError if these are over 1% of the images.
+        say: prints a line; consequence: what becomes of such an image.  All processes call it.
+        Returns how many are broken; raises InputError if these are over 1% of the images.
         """
         flags = self.broken.to(torch.uint8)
         if world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
         broken = flags.nonzero().flatten().tolist()
-        for i in broken if rank() == 0 else ():
-            if i not in self.reported:
-                self.reported.add(i)
-                say(f"cannot decode {self.paths[i]!r} ({_reason(self.paths[i])}): {consequence} "
-                    f"({len(broken)} of {len(flags)} so far)")
+        new = [i for i in broken if i not in self.reported][:10] if rank() == 0 else []
+        self.reported.update(new)
+        for i in new:
+            say(f"cannot decode {self.paths[i]!r} ({_reason(self.paths[i])}): {consequence} "
+                f"({len(broken)} of {len(flags)} so far)")
         if len(broken) > 0.01 * len(flags):
             raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: over 1%")
         return len(broken)
@@ -102,28 +102,29 @@ def _reason(path):
 
 
 class ImageFolder(ImageFiles):
-    """All images below a folder, in any layout, sorted by path; ``names`` are the paths below it.
-
-    Links are followed, to each folder once.
-    Raises InputError: no such folder, or no images in it.
-    """
+    """All images below a folder, in any layout, sorted by path; links are followed, to each folder
+    once.  Raises InputError: no such folder, or no images in it."""
 
     def __init__(self, root):
         if not os.path.isdir(root):
             raise InputError(f"no such folder: {root}")
-        root, names, seen = os.fspath(root), [], set()
+        self.root, paths, seen = os.fspath(root), [], set()
         for folder, subfolders, files in os.walk(root, followlinks=True):
             if os.path.realpath(folder) in seen:
                 subfolders.clear()
                 continue
             seen.add(os.path.realpath(folder))
             subfolders.sort()
-            names += [os.path.relpath(os.path.join(folder, file), root) for file in files
+            paths += [os.path.join(folder, file) for file in files
                       if file.lower().endswith(IMG_EXTENSIONS)]
-        if not names:
+        if not paths:
             raise InputError(f"no images below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
-        self.names = sorted(names)
-        super().__init__([os.path.join(root, name) for name in self.names])
+        super().__init__(sorted(paths))
+
+    @property
+    def names(self):
+        """The images' paths below the folder."""
+        return [path[len(self.root):].lstrip("/") for path in self.paths]
 
 
 def open_images(data, scenes):
@@ -322,7 +323,11 @@ def measure_normalisation(images, workers=0):
     loader = DataLoader(share, batch_size=None, num_workers=workers,
                         collate_fn=partial(_channel_sums, images),
                         worker_init_fn=leave_signals_to_trainer)
-    sums = sum(loader, torch.zeros(3, 3, dtype=torch.long))
+    sums = torch.zeros(3, 3, dtype=torch.long)
+    for done, image_sums in enumerate(loader, 1):
+        sums += image_sums
+        if done % 1000 == 0 and rank() == 0:
+            print(f"{done} of {len(share)} images", flush=True)
     count, total, squares = all_reduce_sum(sums).double()  # (3,) each
     mean = total / count / 255
     std = (squares / count / 255 ** 2 - mean ** 2).clamp(min=0).sqrt()

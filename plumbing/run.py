@@ -66,6 +66,14 @@ def add_run_arguments(parser, out):
     add("--fresh", action="store_true", help="start over in the folder of a run")
 
 
+def add_normalisation_arguments(add):
+    """Add --mean and --std by a parser's (or a group's) add_argument."""
+    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
+        help="of red, green and blue, in 0..1, as in pre-training (default: ImageNet's)")
+    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
+        help="their standard deviations")
+
+
 def add_backbone_arguments(parser):
     """Add the flags of the commands that compare backbones, as load_backbones takes them."""
     add = parser.add_argument_group("backbones").add_argument
@@ -73,10 +81,7 @@ def add_backbone_arguments(parser):
     add("--labels", nargs="+", help="their names in tables and figures (default: their folders')")
     add("--arch", nargs="+", help="torchvision's name of a ResNet or Swin Transformer, of each or "
         "of all (default: resnet50; for built-in scenes resnet18)")
-    add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
-        help="of red, green and blue, in 0..1, as in pre-training (default: ImageNet's)")
-    add("--std", type=real(1e-3, 1), nargs=3, default=[*IMAGENET_STD], metavar="S",
-        help="their standard deviations")
+    add_normalisation_arguments(add)
     add("--seed", type=whole(0), default=0, help="of random weights and of all that is drawn")
 
 
@@ -93,10 +98,10 @@ def launch(work, parse_args, argv=None):
     before = {number: signal.getsignal(number) for number in numbers}
     try:
         try:
-            signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does
             args = parse_args(argv)
-            out = args.out
-            work(args, setup())
+            out, device = args.out, setup()
+            signal.signal(signal.SIGTERM, _interrupt)  # as Ctrl-C does
+            work(args, device)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -115,7 +120,8 @@ def launch(work, parse_args, argv=None):
         where = f"{out}: " if full_disk else ""
         sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())
     except KeyboardInterrupt as stopped:  # before the first step, or after the last
-        print("stopped; run the same command again to resume", file=sys.stderr)
+        if not local_rank:
+            print("stopped; run the same command again to resume", file=sys.stderr)
         sys.exit(128 + (stopped.args or [signal.SIGINT])[0])
     finally:
         if dist.is_initialized():

@@ -45,8 +45,8 @@ def load_checkpoint(path):
             found = re.search(r"GLOBAL (\S+)", str(error))
             other = found and found[1]
     raise InputError(
-        f"{path} holds more than tensors ({other}), and unpickling it can run code; for a file that "
-        "you trust README shows how to keep its tensors" if other else
+        f"{path} holds more than tensors ({other}), and unpickling it can run code; README shows "
+        "how to keep the tensors of a file that you trust" if other else
         f"{path} holds no tensors that can be read: it is empty, cut off or of another kind")
 
 

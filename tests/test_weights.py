@@ -345,14 +345,14 @@ def test_other_pickles_are_refused_and_do_not_run(tmp_path, recwarn):
                             ({"a": fractions.Fraction(1)}, "fractions.Fraction"),
                             (numpys, r"numpy\S+_reconstruct"),
                             (torch.nn.ReLU(), "torch.nn.modules.activation.ReLU")):
-        advice = f"more than tensors .{reason}., and unpickling it can run code; .* README shows"
+        advice = f"more than tensors .{reason}., and unpickling it can run code; README shows"
         for new in (True, False):
             torch.save(content, path, _use_new_zipfile_serialization=new)
             assert re.search(advice, refused(path))
     for content in (bad, {"model": bad}, numpys, {"a": torch.zeros(1)}):
         for protocol in (2, 3, 4, 5):
             path.write_bytes(pickle.dumps(content, protocol))
-            assert re.search("more than tensors .a bare pickle., .* README shows", refused(path))
+            assert re.search("more than tensors .a bare pickle., .*README shows", refused(path))
     assert not written.exists() and not recwarn.list
 
 
@@ -365,6 +365,7 @@ def test_the_readmes_lines_keep_the_tensors_of_a_pickle(tmp_path, resnets, kind)
     else:
         content["model"] = {name: value.numpy() for name, value in content["model"].items()}
     if kind == "bare":
+        content = {**content["model"], "__author__": "detectron2"}
         theirs.write_bytes(pickle.dumps(content))
         state = pickle.load(open(theirs, "rb"))
     else:
@@ -372,8 +373,8 @@ def test_the_readmes_lines_keep_the_tensors_of_a_pickle(tmp_path, resnets, kind)
         state = torch.load(theirs, map_location="cpu", weights_only=False)
     with pytest.raises(InputError, match="holds more than tensors"):
         load_backbone(stages, theirs)
-    torch.save({k: torch.as_tensor(v) for k, v in
-                state.get("state_dict", state.get("model", state)).items()}, ours)
+    torch.save({k: torch.as_tensor(v) for k, v in state.get(
+        "state_dict", state.get("model", state)).items() if hasattr(v, "shape")}, ours)
     load_backbone(stages, ours)
     assert all(torch.equal(v, stages.state_dict()[k]) for k, v in without_fc(resnets[2]).items()
                if "num_batches" not in k)
