@@ -114,6 +114,15 @@ def test_broken_files_are_named_once_each_with_the_reason(tmp_path):
         images.report_broken(said.append, "left out")
 
 
+def test_ten_broken_files_are_named_at_a_time():
+    images, said = ImageFiles([f"{i}.jpg" for i in range(2000)]), []
+    images.broken[:15] = True
+    for named in (10, 15, 15):
+        assert images.report_broken(said.append, "left out") == 15
+        assert len(said) == named
+    assert [line.split("'")[1] for line in said] == [f"{i}.jpg" for i in range(15)]
+
+
 # ------------------------------------------------------------------------------------------- views
 
 

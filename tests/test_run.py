@@ -7,6 +7,8 @@ import json
 import math
 import os
 import signal
+import socket
+import subprocess
 import sys
 import time
 from contextlib import redirect_stdout
@@ -15,8 +17,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DETCO, DETECTOR, DUPR, MOCO, SOCO, assert_identical, column, command, ended,
-                      fork, make_photos, process_group, refusal, start_processes)
+from conftest import (DETCO, DETECTOR, DUPR, MOCO, ROOT, SOCO, assert_identical, column, command,
+                      ended, fork, make_photos, process_group, refusal, start_processes)
 from PIL import Image
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -226,6 +228,24 @@ def test_a_signal_before_the_first_step_is_one_line(capfd, number):
     assert capfd.readouterr() == ("", "stopped; run the same command again to resume\n")
     assert before == [signal.getsignal(each)
                       for each in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)]
+
+
+def test_sigterm_ends_a_process_that_waits_for_the_others():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                       MASTER_PORT=str(port))
+    process = subprocess.Popen([sys.executable, ROOT / "moco_v2.py", "--scenes", "16"],
+                               env={**os.environ, **environment}, stderr=subprocess.DEVNULL)
+    deadline, meets = time.monotonic() + 60, False
+    while not meets:  # until it waits where the processes meet
+        with socket.socket() as there:
+            meets = there.connect_ex(("127.0.0.1", port)) == 0
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(20) == -signal.SIGTERM
 
 
 def test_bfloat16_where_it_is_asked_for():
