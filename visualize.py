@@ -204,7 +204,8 @@ def retrieval(args, device):
         raise InputError("retrieval needs two images or more")
     share = torch.tensor([[not own.isdisjoint(other) for other in classes] for own in classes])
     share.fill_diagonal_(False)  # (n, n): a class in common
-    title = f"nearest by the mean of {args.level}, and their cosine; blue: a class in common"
+    title = f"nearest by the mean of {args.level}, and their cosine" + (
+        "; blue: a class in common" if truth else "")
     figure, axes = image_grid(min(args.rows, len(small)) * len(networks), [1] * 10, title)
     for n, (label, parts) in enumerate(features.items()):
         nearest, cosine = neighbours(torch.cat(parts))  # (n, 9) each
@@ -558,7 +559,7 @@ def parse_args(argv=None):
                         size=side if known.data else scene_side, classes=None,
                         arch=["resnet50" if known.data else "resnet18"])
     args = parser.parse_args(argv)
-    if Path(args.out).suffix not in (".png", ".jpg", ".pdf", ".svg"):
+    if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         parser.error(f"--out {args.out}: no .png, .jpg, .pdf or .svg")
     no_dataset = args.split and not args.dataset and args.figure != "detections"  # has its own
     if no_dataset or (args.dataset and not args.data):
