@@ -16,6 +16,7 @@ the exit status is 1 if anything was lost.
 import argparse
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import (BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, VICREG,  # noqa: E402
                       assert_identical, command, ended, fork, make_photos)
-from test_faults import NUMBERS, assert_ends_with, loaders, start_numbers  # noqa: E402
+from test_faults import HANDING_OVER, NUMBERS, assert_ends_with, loaders, start_numbers  # noqa: E402
 
 from plumbing.images import ImageFolder, load_batches  # noqa: E402
 from plumbing.weights import load_checkpoint  # noqa: E402
@@ -106,8 +107,9 @@ def kill_method(method, number, times, folder):
                 lost = lost or (f"step {now} after {step}" if now < step else None)
                 step = now
         lost = lost or difference(folder / "whole", out)
-    if "Traceback" in log.read_text():
-        lost = lost or "a traceback: " + log.read_text()
+    said = re.sub(HANDING_OVER, "", log.read_text())
+    if "Traceback" in said:
+        lost = lost or f"a traceback: {said}"
     report(f"SIGKILL, {method}, {number} processes", f"{kills}, {at_saves} of them at a save",
            f"{runs} runs ended bit for bit as the uninterrupted one", lost)
 
