@@ -30,7 +30,8 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from conftest import (BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, VICREG,  # noqa: E402
                       assert_identical, command, ended, fork, make_photos)
-from test_faults import HANDING_OVER, NUMBERS, assert_ends_with, loaders, start_numbers  # noqa: E402
+from test_faults import (HANDING_OVER, NUMBERS, assert_ends_with, loaders,  # noqa: E402
+                         start_numbers)
 
 from plumbing.images import ImageFolder, load_batches  # noqa: E402
 from plumbing.weights import load_checkpoint  # noqa: E402
