@@ -187,6 +187,7 @@ class Network(nn.Module):
     # scenes' views of 64 pixels no box is of P4 or P5, whose last convolutions stay as initialised.
     def __init__(self, arch, fpn_channels, hidden, dim):
         super().__init__()
+        # Differs: the last batch norm of a residual block starts at one; the authors' at zero
         stages = resnet_stages(arch)
         self.backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)},
                                         stages.channels, fpn_channels, norm_layer=nn.BatchNorm2d)

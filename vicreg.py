@@ -144,6 +144,7 @@ def train(args, device):
 
     def batches(steps=None):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
+        # Differs: crops are resized bilinearly; the authors' bicubically
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
         for step, views in run.batches(images, cut, steps):
