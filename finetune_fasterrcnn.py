@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops._utils import split_normalization_params
 
-from common import rank, world_size
+from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.models import detect, detector_from_args, draw_detections, load_fine_tuned, restore
@@ -156,7 +156,17 @@ def data_sets(args):
     train_set = None if args.eval_only else Annotated(
         args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed)
     classes = args.classes or train_set.classes
-    return train_set, Annotated(args.dataset, args.data, args.test_split, classes)
+    test_set = Annotated(args.dataset, args.data, args.test_split, classes)
+    for data in (train_set, test_set):
+        for path, size in zip(data.paths, data.sizes) if data else ():
+            if args.max_size * min(size) < 1.001 * max(size):
+                raise InputError(f"{path} has {size[0]} x {size[1]} pixels: of {args.max_size} in "
+                                 "length, less than one pixel would be left across")
+    both = {*train_set.paths} & {*test_set.paths} if train_set else ()
+    if both and rank() == 0:
+        print(f"warning: {len(both)} of {len(test_set)} test images are training images too, such "
+              f"as {min(both)}")
+    return train_set, test_set
 
 
 def train(args, device):
@@ -177,6 +187,8 @@ def train(args, device):
     optimizer = make_optimizer(model, args)
     run = Run(args, "finetune_fasterrcnn", train_set, steps=args.iterations, model=model,
               optimizer=optimizer)
+    if isinstance(test_set, Annotated):
+        test_set.decode(args.workers, run.say)
     model.train()
     run.say(describe(model, len(train_set), args, device))
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
@@ -213,6 +225,7 @@ def add_arguments(parser):
     add = parser.add_argument_group("detector").add_argument
     add("--detector", choices=["c4", "fpn"], help="default: c4 on voc, else fpn")
     add("--weights", default="none", help="file that holds the backbone, or none (default)")
+    add("--backbone-only", action="store_true", help="no FPN and box head, if --weights holds them")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin for the FPN")
     add("--min-size", type=whole(32), nargs="+", help="short side in pixels, drawn from these; the "
         "last one for testing")

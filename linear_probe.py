@@ -26,13 +26,12 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
-from torchvision import datasets
 from torchvision.transforms.v2.functional import center_crop, normalize, resize
 
 from common import InputError, all_reduce_sum, rank, world_size
-from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_coco, read_voc
+from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
 from plumbing.figures import PALETTE
-from plumbing.images import ImageFiles, leave_signals_to_trainer, seed_for
+from plumbing.images import ImageFiles, ImageFolder, leave_signals_to_trainer, seed_for
 from plumbing.run import (Parser, add_backbone_arguments, distribute, gather_objects, launch, real,
                           whole)
 from plumbing.weights import LEVELS, load_backbones
@@ -73,26 +72,27 @@ def read_data(args, part, classes=None):
     those of the split; raises InputError if it has others."""
     split = getattr(args, f"{part}_split")
     if args.dataset == "folder":
-        folders = [datasets.ImageFolder(Path(args.data, name)) for name in split]
-        classes = classes or folders[0].classes
-        if any(folder.classes != classes for folder in folders):
-            raise InputError(f"{' '.join(split)}: other classes than {' '.join(classes)}")
-        paths, targets = zip(*(sample for folder in folders for sample in folder.samples))
-        return Labelled(ImageFiles(paths), torch.tensor(targets), classes, args)
+        paths, names = [], []
+        for folder in split:
+            images = ImageFolder(Path(args.data, folder))
+            paths += images.paths
+            names += [name.partition("/") for name in images.names]
+        found = sorted({name for name, slash, _ in names if slash})
+        loose = [name for name, slash, _ in names if not slash]
+        if loose or found != (classes or found):
+            raise InputError(f"{' '.join(split)} of {args.data}: " + (
+                f"{loose[0]} is in no class's folder" if loose else
+                f"classes {' '.join(found)}, but {' '.join(classes)} in training"))
+        targets = torch.tensor([found.index(name) for name, *_ in names])
+        return Labelled(ImageFiles(paths), targets, found, args)
     if args.dataset == "scenes":
         scenes = LabelledScenes(getattr(args, f"{part}_scenes"), seed=1 if part == "train" else 2)
         objects = [[(label, False) for label in scenes[i][1]["labels"].tolist()]
                    for i in range(len(scenes))]
         return Labelled(scenes.scenes, presence(objects, len(scenes.classes)), scenes.classes, args)
-    read = {"voc": read_voc, "coco": read_coco}[args.dataset]
-    parts = [read(args.data, name) for name in split]
-    classes = classes or [*dict.fromkeys(name for known, _ in parts for name in known)]
-    files = [file for _, listed in parts for file in listed]
-    try:
-        objects = [[(classes.index(thing.name), thing.ignore) for thing in file.objects]
-                   for file in files]
-    except ValueError as error:
-        raise InputError(f"unknown class: {error}") from None
+    classes, files = read_splits(args.dataset, args.data, split, classes)
+    objects = [[(classes.index(thing.name), thing.ignore) for thing in file.objects]
+               for file in files]
     images = ImageFiles([file.path for file in files])
     return Labelled(images, presence(objects, len(classes)), classes, args)
 
@@ -120,7 +120,7 @@ def extract(stages, data, args, device, what):
             said, left = now, (len(loader) - done) * (now - began) / done / 60
             print(f"{what}: {done}/{len(loader)} batches  {left:.1f} min left", flush=True)
     if isinstance(data.images, ImageFiles):
-        data.images.report_broken(print, "left out")
+        data.images.report(print, "left out", complete=True)
     if args.dataset != "folder":
         everyone = gather_objects([[x.cpu() for x in part] for part in parts])
         parts = [part for share in everyone for part in share]

@@ -40,11 +40,10 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageCms
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2.functional import resize
 
 from common import InputError
-from plumbing.images import ImageFiles, ImageFolder, leave_signals_to_trainer
+from plumbing.images import ImageFiles, ImageFolder, map_numbers
 from plumbing.run import Parser, launch, whole
 
 # Differs: two of the paper's strategies
@@ -266,26 +265,30 @@ def propose(image, strategy, size):
 
 
 def _propose_numbered(images, strategy, size, i):
+    """(width, height) of image i, (0, 0) if it cannot be decoded, and its proposals."""
     read, image = images.numbered(i)
-    return propose(image, strategy, size) if read == i else np.zeros((0, 4), np.int16)
+    if read != i:
+        return (0, 0), np.zeros((0, 4), np.int16)
+    return image.shape[:0:-1], propose(image, strategy, size)
 
 
 def search(images, out, strategy, size, workers, fresh=False):
     """Search all ``images`` into the file ``out``, or resume a search of the same images there.
     The file is written every minute or so, and when an exception such as Ctrl-C ends the search.
     Raises InputError: ``out`` is of other images or settings, unless ``fresh`` starts over."""
-    names, settings, found = images.names, f"{strategy} {size}", []
+    names, settings, sizes, found = images.names, f"{strategy} {size}", [], []
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     if os.path.exists(out):
         old = read_proposals(out, whole=False)
         if [str(old["settings"]), *old["names"]] == [settings, *names]:
-            found = np.split(old["boxes"], old["offsets"][1:])[:-1]
+            sizes, found = [*old["sizes"]], np.split(old["boxes"], old["offsets"][1:])[:-1]
         elif not fresh:
             raise InputError(f"{out} is of other images or settings ({old['settings']}): delete it")
 
     def save():
         with open(f"{out}.tmp", "wb") as file:
             np.savez(file, names=names, settings=settings, offsets=np.cumsum([0, *map(len, found)]),
+                     sizes=np.reshape(sizes, (-1, 2)).astype(np.int32),
                      boxes=np.concatenate([np.zeros((0, 4), np.int16), *found]))
             file.flush()
             os.fsync(file.fileno())
@@ -293,11 +296,11 @@ def search(images, out, strategy, size, workers, fresh=False):
 
     first, terminal, began = len(found), sys.stdout.isatty(), time.monotonic()
     said, next_save = began, began + 60
-    loader = DataLoader(range(first, len(names)), batch_size=None, num_workers=workers,
-                        collate_fn=partial(_propose_numbered, images, strategy, size),
-                        worker_init_fn=leave_signals_to_trainer)
+    proposals = map_numbers(partial(_propose_numbered, images, strategy, size),
+                            range(first, len(names)), workers)
     try:
-        for boxes in loader:
+        for image_size, boxes in proposals:
+            sizes.append(image_size)
             found.append(boxes)
             now, done = time.monotonic(), len(found)
             if now - said > (1 if terminal else 20) or done == len(names):
@@ -311,21 +314,26 @@ def search(images, out, strategy, size, workers, fresh=False):
     finally:
         if len(found) > first:
             save()
-    broken = int(images.broken.sum()) if isinstance(images, ImageFiles) else 0
+    broken, turned = ((int(images.broken.sum()), int(images.turned.sum()))
+                      if isinstance(images, ImageFiles) else (0, 0))
     print(f"{out}: {len(names)} images, {sum(map(len, found)) / len(names):.1f} boxes each; "
-          f"{broken} cannot be decoded", flush=True)
+          f"{broken} cannot be decoded, {turned} turned upright", flush=True)
 
 
 def read_proposals(path, whole=True):
-    """What search wrote: a dict of names (n,), settings, offsets, boxes.  Raises InputError if it
-    cannot be read or, where it must be ``whole``, is of an unfinished search."""
+    """What search wrote: a dict of names (n,), settings, offsets, sizes (n, 2), of (width, height),
+    0 where they are not known, and boxes.  Raises InputError if it cannot be read or, where it must
+    be ``whole``, is of an unfinished search."""
     try:
         with np.load(path) as file:
             read = {key: file[key] for key in ("names", "settings", "offsets", "boxes")}
-        offsets, number, done = read["offsets"], len(read["names"]), len(read["offsets"]) - 1
+            offsets, number, done = read["offsets"], len(read["names"]), len(read["offsets"]) - 1
+            read["sizes"] = file["sizes"] if "sizes" in file else np.zeros((done, 2), int)
         if read["boxes"].shape != (offsets[-1], 4) or offsets[0] != 0 or done > number or \
-                (np.diff(offsets) < 0).any():
-            raise ValueError("names, offsets and boxes do not fit each other")
+                (np.diff(offsets) < 0).any() or read["sizes"].shape != (done, 2):
+            raise ValueError("names, offsets, sizes and boxes do not fit each other")
+        if len({*read["names"].tolist()}) < number:
+            raise ValueError("a name occurs twice")
     except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # a zip file's, numpy's, KeyError, ...

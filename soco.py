@@ -90,7 +90,7 @@ class Proposed(Dataset):
                                  f"as {missing[0]}")
             rows = [row[name] for name in images.names]
             self.start, self.end = (proposals["offsets"][side:][rows] for side in (0, 1))
-            self.boxes = proposals["boxes"]
+            self.boxes, self.sizes = proposals["boxes"], proposals["sizes"][rows]
 
     def __len__(self):
         return len(self.images)
@@ -99,6 +99,11 @@ class Proposed(Dataset):
         i, image = self.images.numbered(index)
         if self.boxes is None:
             return image, random_boxes(image.shape[2], image.shape[1])
+        searched, turned = self.sizes[i], getattr(self.images, "turned", None)
+        if searched.any() and (*searched,) != image.shape[:0:-1] or (
+                turned is not None and turned[i] and not searched.any()):
+            raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
+                             "size or orientation: run the search anew")
         return image, torch.from_numpy(self.boxes[self.start[i]:self.end[i]]).float()
 
 

@@ -5,22 +5,24 @@ image's pixels; labels (n,), from 0; ignore (n,) bool; and, but for the scenes, 
 pixels^2.  Whatever is wrong with a folder is an InputError that names the file, before training
 wherever it can be known before.
 """
+import codecs
 import json
 import math
 import os
+import re
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.v2.functional import horizontal_flip_bounding_boxes
 from torchvision.tv_tensors import BoundingBoxFormat
 
-from common import InputError, rank
-from plumbing.images import ImageFiles
+from common import InputError, rank, world_size
+from plumbing.images import EXTENSIONS, ImageFiles, list_images, map_numbers, read_size
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -63,54 +65,120 @@ class AnnotatedFile(NamedTuple):
     objects: list  # of Object
 
 
+def _only_once(source, values, what):
+    """Raises InputError, about ``source``, if a value occurs twice."""
+    for value, number in Counter(values).most_common(1):
+        if number > 1:
+            raise InputError(f"{source}: two {what} {value!r}")
+
+
+def _flag(value):
+    """VOC's `difficult` or COCO's `iscrowd`, in its usual spellings -> bool."""
+    text = str(value).strip().lower().removesuffix(".0")
+    if text not in ("0", "1", "false", "true", "no", "yes", "", "none", "unspecified"):
+        raise ValueError(f"{value!r} is no flag, such as 0 or 1")
+    return text in ("1", "true", "yes")
+
+
+def _declared(width, height):
+    """An image's declared width and height, None if unknown: some tools write nothing, 0 or -1."""
+    size = int(float(width or 0)), int(float(height or 0))
+    return size if min(size) > 0 else None
+
+
 def read_voc(root, split):
     """A split in PASCAL VOC's layout -> its classes, and a list of AnnotatedFile.
 
     split: YEAR/NAME, the list NAME of root/VOCdevkit/VOCYEAR, of VOC's 20 classes; or NAME, the
     list of that name of root itself, of the classes that occur in it.
-    Raises InputError: no such split, a file that is missing or holds no annotation.
+    Raises InputError: no such split, a file that is missing or holds no annotation, or more than
+    one image that an annotation may be of.
     """
     year, _, name = split.rpartition("/")
     folder = os.path.join(root, "VOCdevkit", f"VOC{year}") if year else root
+    path, pictures = os.path.join(folder, f"ImageSets/Main/{name}.txt"), f"{folder}/JPEGImages"
     try:
-        with open(os.path.join(folder, "ImageSets", "Main", f"{name}.txt")) as file:
-            names = [line.strip() for line in file if line.strip()]
+        names = _lines(Path(path).read_bytes())
     except OSError:
         raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt in {folder} (VOC's own "
                          "are YEAR/NAME, 2007/trainval; those of your folder NAME)") from None
-    endings = [ending for lower in IMG_EXTENSIONS for ending in (lower, lower.upper())]
-    files = []
+    _only_once(path, names, "lines are")
+    images, files, others = {}, [], []
+    for image in list_images(pictures)[0]:
+        images.setdefault(os.path.splitext(image[len(pictures) + 1:])[0], []).append(image)
     for name in names:
-        stem = os.path.join(folder, "JPEGImages", name)
-        path = next((stem + end for end in endings if os.path.isfile(stem + end)), stem + ".jpg")
         source = os.path.join(folder, "Annotations", f"{name}.xml")
-        # no size: the one that VOC's files declare is wrong now and then
-        files.append(AnnotatedFile(path, None, source, _voc_objects(source)))
-    found = sorted({thing.name for file in files for thing in file.objects})
-    return VOC_CLASSES if year else found, files
+        stem, extension = os.path.splitext(name)
+        if extension.lower() in EXTENSIONS and not os.path.isfile(source):  # a list of files
+            name, source = stem, os.path.join(folder, "Annotations", f"{stem}.xml")
+        if len(name.split()) > 1 and not os.path.isfile(source):
+            raise InputError(f"{path}: no image has the name {name!r}; a split is a list of names "
+                             "alone, while VOC's lists of one class have two columns")
+        written, size, objects = _read_xml(source)
+        written = os.path.join(pictures, os.path.dirname(name), written)
+        found = images.get(name, [])
+        if len(found) > 1 and written not in found:
+            raise InputError(f"{source}: is it of {' or of '.join(found)}? Its <filename> must say")
+        if written not in found and os.path.isfile(written):
+            others += [source] if found else []
+            found = found or [written]
+        image = written if written in found else [*found, f"{pictures}/{name}.jpg"][0]
+        files.append(AnnotatedFile(image, size, source, objects))
+    if others and rank() == 0:
+        print(f"warning: {len(others)} annotations have another image's <filename>, such as "
+              f"{others[0]}; the image that is called as the annotation is taken", flush=True)
+    classes = sorted({thing.name for file in files for thing in file.objects})
+    return VOC_CLASSES if year else classes, files
 
 
-def _voc_objects(path):
+def _lines(content):
+    """The lines of a text file (bytes) but the empty ones, without blanks around them."""
+    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes
+    try:
+        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+    except UnicodeDecodeError:
+        text = content.decode("latin-1")
+    return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
+
+
+def _text(element, path, default=None):
+    """The text of the one element at a path such as bndbox/xmin.  Raises ValueError if there are
+    more, or, without a default, none."""
+    found = element.findall(path)
+    if len(found) > 1 or not found and default is None:
+        raise ValueError(f"{len(found) or 'no'} <{path}> in an <{element.tag}>")
+    return (found[0].text or "").strip() if found else default
+
+
+def _read_xml(path):
+    """A VOC annotation -> the name of its image file, its declared size, a list of Object."""
     objects = []
     try:
         root = ElementTree.parse(path).getroot()
         if root.tag != "annotation":
             raise ValueError(f"it holds <{root.tag}>")
-        for element in root.iterfind("object"):
-            x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{side}"))
+        written = _text(root, "filename", "").replace("\\", "/").rpartition("/")[2]
+        size = _declared(_text(root, "size/width", ""), _text(root, "size/height", ""))
+        elements = root.findall("object")
+        if len(elements) < len([*root.iter("object")]):
+            raise ValueError("an <object> is not directly in the <annotation>")
+        for element in elements:
+            x1, y1, x2, y2 = (float(_text(element, f"bndbox/{side}"))
                               for side in ("xmin", "ymin", "xmax", "ymax"))
             # Paper silent: a box has no area if xmax is not above xmin, or ymax not above ymin
             if x2 <= x1 or y2 <= y1:
                 x2, y2 = x1 - 1, y1 - 1
             box = x1 - 1, y1 - 1, x2, y2  # VOC counts pixels from 1, and includes both ends
-            ignore = element.findtext("difficult", "0").strip() == "1"
-            objects.append(Object(element.findtext("name").strip(), box, ignore,
+            objects.append(Object(_text(element, "name"), box,
+                                  _flag(_text(element, "difficult", "0")),
                                   (x2 - x1 + 1) * (y2 - y1 + 1)))
+            if not objects[-1].name:
+                raise ValueError("the <name> of an <object> is empty")
     except OSError:
         raise InputError(f"no such file: {path}") from None
-    except (ElementTree.ParseError, AttributeError, TypeError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError) as error:
         raise InputError(f"{path} is not a VOC annotation: {error}") from None
-    return objects
+    return written, size, objects
 
 
 def read_coco(root, split):
@@ -119,34 +187,123 @@ def read_coco(root, split):
     split: NAME, images in root/NAME, annotations in root/annotations/instances_NAME.json; or
     FILE.json:FOLDER, both in root.
     Raises InputError: no such file, one that does not parse, an annotation of no known image or
-    category or without a box.
+    category or without a box, ids or names that occur twice.
     """
     name, _, folder = split.partition(":")
     if not folder:
         name, folder = f"annotations/instances_{split}.json", split
-    path, files, annotation = os.path.join(root, name), {}, None
+    path, files, names, entry = os.path.join(root, name), {}, {}, None
     try:
-        with open(path) as file:
-            content = json.load(file)
-        for image in content["images"]:
-            size = (int(image["width"]), int(image["height"])) if image.get("width") else None
-            if image["id"] in files:
-                raise ValueError(f"two images have the id {image['id']}")
-            files[image["id"]] = AnnotatedFile(os.path.join(root, folder, image["file_name"]), size,
-                                               f"{path}, {image['file_name']}", [])
-        categories = {c["id"]: str(c["name"]) for c in content["categories"]}
-        classes = [categories[i] for i in sorted(categories)]
-        for annotation in content["annotations"]:
-            x, y, w, h = map(float, annotation["bbox"])
-            files[annotation["image_id"]].objects.append(Object(
-                categories[annotation["category_id"]], (x, y, x + w, y + h),
-                bool(annotation.get("iscrowd")), float(annotation.get("area", w * h))))
+        with open(path, "rb") as file:  # json finds out which encoding it is
+            content = json.load(file, object_pairs_hook=_json_object)
+        images, categories = content["images"], content["categories"]
+        annotations = content["annotations"]
+        for entry in images:
+            name = entry["file_name"].replace("\\", "/")
+            files[entry["id"]] = AnnotatedFile(
+                os.path.join(root, folder, name),
+                _declared(entry.get("width"), entry.get("height")), f"{path}, {name}", [])
+        for entry in categories:
+            names[entry["id"]] = str(entry["name"])
+        for entry in annotations:
+            image, category = entry["image_id"], entry["category_id"]
+            if image not in files or category not in names:
+                raise ValueError(f"no image has the id {image!r}" if image not in files else
+                                 f"no category has the id {category!r}")
+            x, y, w, h = map(float, entry["bbox"] or [0] * 4)  # empty: of a mask without pixels
+            files[image].objects.append(Object(names[category], (x, y, x + w, y + h),
+                                               _flag(entry.get("iscrowd")),
+                                               _area(entry.get("area"), w * h)))
+        entry, classes = None, [names[i] for i in sorted(names)]
+        for entries, what in ((images, "images"), (categories, "categories"),
+                              (annotations, "annotations")):
+            _only_once(path, [e["id"] for e in entries if "id" in e], f"{what} have the id")
     except OSError:
         raise InputError(f"no such file: {path} (a split: NAME or FILE.json:FOLDER)") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a COCO instances file: {error!r}" + (
-            f" in the annotation {json.dumps(annotation)[:200]}" if annotation else "")) from None
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path} is not a COCO instances file: {why}" + (
+            f" in {json.dumps(entry)[:200]}" if entry else "")) from None
+    _only_once(path, [file.path for file in files.values()], "images are")
+    _only_once(path, classes, "categories have the name")
     return classes, [*files.values()]
+
+
+def _json_object(pairs):
+    """A dict of JSON's key-value pairs.  Raises ValueError if a key occurs twice."""
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError(f"one of the keys {' '.join(found)} occurs twice in one object")
+    return found
+
+
+def _area(value, default):
+    """An annotation's `area` in pixels^2, or the default if it has none that is a number."""
+    try:
+        return float(value) if 0 <= float(value) < math.inf else default
+    except (TypeError, ValueError):
+        return default
+
+
+def read_splits(dataset, root, splits, classes=None):
+    """Splits in VOC's or COCO's layout (``dataset``: voc or coco), one after the other -> the
+    classes that may occur (by default the splits' own), and a list of AnnotatedFile.
+
+    Raises InputError: whatever is wrong with a file, with its name; no image, or one that occurs
+    twice; boxes that are fractions of their image.
+    """
+    read = {"voc": read_voc, "coco": read_coco}[dataset]
+    parts = [read(root, split) for split in splits]
+    files = [file for part in parts for file in part[1]]
+    classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
+    if not files or not classes:
+        raise InputError(f"no {'classes' if files else 'images'} in {' '.join(splits)} of {root}")
+    _only_once(" ".join(splits), [file.path for file in files], "annotations are of")
+    for split, (_, part) in zip(splits, parts):
+        ends = [max(x2, y2) for file in part for _, (x1, y1, x2, y2), *_ in file.objects
+                if x2 > x1 and y2 > y1]
+        if ends and max(ends) <= 1:
+            raise InputError(f"{split}: all {len(ends)} boxes lie within 0..1: they are fractions of "
+                             "their image, but should be in pixels")
+    for file in files:
+        for thing in file.objects:
+            if thing.name not in classes:
+                raise InputError(f"{file.source}: unknown class {thing.name!r}, not one of --classes "
+                                 f"{' '.join(classes)}")
+    return classes, files
+
+
+def check_size(file, size, orientation, exact):
+    """Whether the size that an annotation declares is another one than its image's, where its boxes
+    may be right all the same.
+
+    size: width and height of the image, turned upright as its EXIF orientation says; exact: whether
+    the declared size must be right.
+    Raises InputError if the boxes are not of the upright image as it is.
+    """
+    def holds(size):
+        return all(x2 <= size[0] + 1 and y2 <= size[1] + 1
+                   for _, (_, _, x2, y2), *_ in file.objects)
+
+    (width, height), stored = size, size[::-1] if orientation >= 5 else size
+    if width == math.inf:
+        return False  # it cannot be decoded
+    if stored != size and (file.size == stored or
+                           file.size is None and not holds(size) and holds(stored)):
+        raise InputError(f"{file.source}: its boxes are of the image as it is stored, {stored[0]} x "
+                         f"{stored[1]} pixels, but its EXIF orientation tag turns it to {width} x "
+                         f"{height}: remove the tag, or annotate it upright")
+    if file.size in (None, size):
+        return False
+    other = f"declared as {file.size[0]} x {file.size[1]} pixels, but {file.path} has {width} x {height}"
+    if exact:
+        raise InputError(f"{file.source}: {other}")
+    w, h = file.size
+    if max(abs(w - width), abs(h - height)) <= 2:
+        return False  # rounded
+    # turned or resized after it was annotated
+    if (w, h) == (height, width) or abs(w * height - h * width) <= max(w, width) or not holds(size):
+        raise InputError(f"{file.source}: {other}; if the boxes are right, delete its <size>")
+    return True
 
 
 def clip_box(box, size, source):
@@ -155,55 +312,54 @@ def clip_box(box, size, source):
     Raises InputError if it is not finite, or lies outside the image by more than a pixel.
     """
     x1, y1, x2, y2 = box
-    text = " ".join(f"{side:g}" for side in box)
-    if not math.isfinite(sum(box)):
-        raise InputError(f"{source}: the box {text} is not finite")
     clipped = max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
     shorter, left = (min(x2 - x1, y2 - y1) for x1, y1, x2, y2 in (box, clipped))
-    if shorter >= 0.01 and left < -1:
-        raise InputError(f"{source}: the box {text} lies outside the image of {size[0]} x {size[1]}"
-                         " pixels")
+    outside = shorter >= 0.01 and left < -1
+    if outside or not math.isfinite(sum(box)):
+        raise InputError(f"{source}: the box {' '.join(f'{side:g}' for side in box)} " + (
+            f"lies outside the image of {size[0]} x {size[1]} pixels" if outside else
+            "is not finite"))
     # Paper silent: a side of less than 0.01 pixels is no area
     return clipped if min(shorter, left) >= 0.01 else None
 
 
 class Annotated(ImageFiles):
-    """Splits of a folder in VOC's or COCO's layout (``dataset``: voc or coco), one after the other.
+    """Splits of a folder in VOC's or COCO's layout, as read_splits takes them.
 
-    classes: those that may occur; by default the splits' own.  fraction: the share of the images
-    to draw by ``seed``; a smaller share is part of a larger one.  training: `difficult` objects
-    count as any other, boxes end at their image's border, and the next image takes the place of one
-    that cannot be decoded; in a test that is an error.  Prints once which boxes were left out.
-    Raises InputError: whatever is wrong with a file, with its name.
+    fraction: the share of the images to draw by ``seed``; a smaller share is part of a larger one.
+    training: `difficult` objects count as any other, boxes end at their image's border, and the
+    next image takes the place of one that cannot be decoded; in a test that is an error.
+    ``sizes``: width and height of each image.  Prints what there is, and what was left out.
+    Raises InputError: as read_splits; a box that is not of its image as it is; no box to train on,
+    or none to find in the test.
     """
 
     def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0):
-        read = {"voc": read_voc, "coco": read_coco}[dataset]
-        parts = [read(root, split) for split in splits]
-        self.classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
-        self.training = training
-        files = [file for part in parts for file in part[1]]
+        self.classes, files = read_splits(dataset, root, splits, classes)
         order = np.random.default_rng(seed).permutation(len(files))
         files = [files[i] for i in sorted(order[:round(fraction * len(files))])]
-        if not files or not self.classes:
-            raise InputError(f"no {'classes' if files else 'images'} in {' '.join(splits)} of "
-                             f"{root} (--fraction {fraction} of {len(order)} images)")
+        if not files:
+            raise InputError(f"no images in {' '.join(splits)} (--fraction {fraction} of "
+                             f"{len(order)} images)")
         super().__init__([file.path for file in files])
+        self.training, self.sizes = training, []
 
         # Differs: detectron2 leaves out images without boxes; here they train too
-        rows, self.ends, flat, outside = [], [0], [], []
+        rows, self.ends, noted, reach = [], [0], defaultdict(list), 0
         for file in files:
-            size = self._size(file)
+            size, orientation = self._size(file)
+            self.sizes.append(size)
+            if orientation > 1:
+                noted["turned"].append(file.source)
+            if check_size(file, size, orientation, exact=dataset == "coco"):
+                noted["resized"].append(file.source)
             for name, box, ignore, area in file.objects:
-                if name not in self.classes:
-                    raise InputError(f"{file.source}: unknown class {name!r}, not one of --classes "
-                                     f"{' '.join(self.classes)}")
                 clipped = clip_box(box, size, file.source)
                 if clipped is None:
-                    flat.append(file.source)
+                    noted["flat"].append(file.source)
                     continue
                 if max(abs(a - b) for a, b in zip(box, clipped)) > 1:  # less is rounding
-                    outside.append(file.source)
+                    noted["outside"].append(file.source)
                 # Paper silent: VOC's `difficult` objects train, as in detectron2; COCO's crowds do
                 # not.  In the test COCO's rule takes `difficult` objects for crowds, within which
                 # no detection is wrong; VOC07's rule is stricter.
@@ -211,36 +367,82 @@ class Annotated(ImageFiles):
                 # Paper silent: in training, boxes that reach outside their image are cut to it
                 rows.append((*(clipped if training else box), area, self.classes.index(name),
                              ignore))
+                reach = max(reach, clipped[2] / size[0], clipped[3] / size[1])
             self.ends.append(len(rows))  # image i has the rows from ends[i] to ends[i + 1]
         self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
-        for sources, what in ((flat, "without area left out"),
-                              (outside, "reach outside the image")):
-            if sources and rank() == 0:
-                print(f"{' '.join(splits)}: {len(sources)} boxes {what}, such as in "
-                      f"{os.path.basename(sources[0])}", flush=True)
+        self.reported.add("turned")
+        self._describe(" ".join(splits), noted, reach)
+
+    def _describe(self, splits, noted, reach):
+        """Print how many images and boxes there are, and what is odd about them.
+
+        noted: where something odd was found, by what it is; reach: the greatest share of its image
+        that a box reaches to, from the left or the top.
+        """
+        def say(text):
+            if rank() == 0:
+                print(f"{splits}: {text}", flush=True)
+
+        flat, crowds = len(noted["flat"]), int(self.rows[:, 6].sum())
+        boxes, left = len(self.rows) + flat, len(self.rows) - crowds
+        counts = f"{boxes} boxes" + "".join(f", {n} {what}" for n, what in (
+            (crowds, "crowds or difficult"), (flat, "without area")) if n)
+        if flat > max(10, boxes / 2):
+            raise InputError(f"{splits}: {counts}, such as in {noted['flat'][0]}: do these hold width "
+                             "and height in place of the far corner?")
+        if not left:
+            raise InputError(f"{splits}: {len(self)} images, {counts}: no box is left to "
+                             + ("train on" if self.training else "be found"))
+        turned = len(noted["turned"])
+        say(f"{len(self)} images" + (f", {turned} turned upright, as their EXIF orientation says"
+                                     if turned else "") + f"; {counts}")
+        kept = self.rows[self.rows[:, 6] == 0, 5].long().bincount(minlength=len(self.classes))
+        say("boxes " + ", ".join(f"{n} {name}" for n, name in zip(kept.tolist(), self.classes)))
+        for what, text in (("flat", "boxes without area left out"),
+                           ("outside", "boxes reach outside the image"),
+                           ("resized", "files declare another size than their image has")):
+            if noted[what]:
+                say(f"{len(noted[what])} {text}, such as in {os.path.basename(noted[what][0])}")
+        missing = [name for name, number in zip(self.classes, kept) if not number]
+        if missing and self.training:
+            say(f"warning: no box of {', '.join(missing)} to train on")
+        if left >= 20 and reach < 0.5:
+            say("warning: all boxes lie in the upper left quarter of their images: are they in "
+                "percent, or of smaller images?")
+        if len(noted["outside"]) > max(10, boxes / 2):
+            say("warning: most boxes reach outside: do they hold the far corner in place of width "
+                "and height, or are they of larger images?")
 
     def _size(self, file):
-        """Width and height, from the header of the image file: a wrong one shows before training.
-        Infinite if a training image cannot be decoded: it is replaced when its turn comes."""
+        """Width, height and EXIF orientation, from the header of the image file: a wrong one shows
+        before training.  Infinite if a training image cannot be decoded: it is replaced when its
+        turn comes."""
         try:
-            with Image.open(file.path) as image:
-                size = image.size
+            return read_size(file.path)
         except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
             if self.training and not isinstance(error, FileNotFoundError):
-                return math.inf, math.inf
+                return (math.inf, math.inf), 1
             raise InputError(f"{file.source}: cannot decode {file.path}: {error}") from None
-        if file.size not in (None, size):
-            raise InputError(f"{file.source}: declared as {file.size[0]} x {file.size[1]} pixels, "
-                             f"but {file.path} has {size[0]} x {size[1]}")
-        return size
 
     def __getitem__(self, index):
         i, image = self.numbered(index)
         if i != index and not self.training:
-            raise InputError(f"cannot decode {self.paths[index]}")
+            raise InputError(f"cannot decode {self.paths[index]}: {self.reason(index)}")
         rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
         return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
                            ignore=rows[:, 6].bool())
+
+    def decode(self, workers, say):
+        """Decode each image once, and drop it.  The processes share the work.  Raises InputError if
+        one cannot be decoded: in a test, that shows before the training instead of after it."""
+        for _ in map_numbers(self._decode, range(rank(), len(self), world_size()), workers):
+            pass
+        self.report(say, "the test needs it", tolerated=0)
+
+    def _decode(self, index):
+        if not self.broken[index]:
+            self.numbered(index)
+        return 0
 
 
 def training_item(item):

@@ -70,13 +70,13 @@ def _fpn_parts(stages, channels, sizes, rois, box_head):
 
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
-                   mean=IMAGENET_MEAN, std=IMAGENET_STD):
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False):
     """torchvision's Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
 
-    num_classes: without the background.  weights: a file for load_backbone, or "none"; an FPN and
-    a box head that it holds under this detector's names are loaded too.  box_head, of the FPN:
-    "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or None: as in weights, or
-    else torchvision's two linear layers.  mean, std: of red, green and blue in 0..1.
+    num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
+    backbone_only, an FPN and a box head that it holds under this detector's names are loaded too.
+    box_head, of the FPN: "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or
+    None: as in weights, or else torchvision's two linear layers.  mean, std: of red, green and blue in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
     Raises InputError: C4 of another backbone than a ResNet, weights that do not fit.
@@ -85,6 +85,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     if detector == "c4" and not isinstance(stages, ResNetStages):
         raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
     rest = load_backbone(stages, weights) if weights != "none" else {}
+    rest = {} if backbone_only else rest
     # Differs: torchvision rounds the anchors' sides to whole pixels, detectron2 does not
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
@@ -122,7 +123,8 @@ def load_part(module, name, rest, path):
     try:
         module.load_state_dict(found)
     except RuntimeError as error:
-        raise InputError(f"{path}: {prefix}*: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path}: {prefix}*: {' '.join(str(error).split())[:200]} ...; "
+                         "--backbone-only leaves it out") from None
     if rank() == 0:
         print(f"{path}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
 
@@ -148,7 +150,7 @@ def detector_from_args(args):
     torch.manual_seed(args.seed)
     return build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
                           args.min_size, args.max_size, args.anchor_size, args.rois, args.weights,
-                          args.box_head, args.mean, args.std)
+                          args.box_head, args.mean, args.std, args.backbone_only)
 
 
 def restore(model, saved, path):

@@ -5,7 +5,9 @@ The way of an image: file -> loader worker: decode, cut the views with their exa
 """
 import os
 import signal
+import struct
 import threading
+from collections import Counter
 from functools import partial
 from itertools import chain
 
@@ -13,9 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
@@ -32,24 +33,87 @@ def seed_for(*numbers):
 # ------------------------------------------------------------------------------------------- files
 
 
-def read_image(path):
-    """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB."""
+Image.preinit()  # first, so that PIL tries the usual formats first when it opens a file
+# Of the formats that PIL knows, those of photos, scans and drawings
+FORMATS = "AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP".split()
+EXTENSIONS = {extension for extension, format in Image.registered_extensions().items()
+              if format in FORMATS}
+# Where network drives, archives and bins keep copies; as do names that start with a dot
+COPIES = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+
+
+def _orientation(exif):
+    value = exif.get(ExifTags.Base.Orientation, 1)
+    return value if value in range(1, 9) else 1
+
+
+def _decode(path):
+    """-> (3, H, W) uint8, RGB, upright; whether it was turned; its largest value, of 65535 where
+    the file has 16 bits, else 65535."""
     with Image.open(path) as image:
-        if image.mode.startswith("I;16"):  # PIL's own conversion would clip 16 bits at 255
-            image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
-        return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"its values (PIL's mode {image.mode}) have no known range: save it "
+                             "with 8 or 16 bits")
+        deep_colour, largest = ";16" in str(image.tile), 65535  # of colour PIL keeps the high byte
+        turned = _orientation(image.getexif()) != 1
+        if turned:
+            ImageOps.exif_transpose(image, in_place=True)
+        if deep:  # PIL's own conversion would clip 16 bits at 255
+            values = np.array(image)
+            image, largest = Image.fromarray((values >> 8).astype(np.uint8)), values.max() or 65535
+        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        if deep_colour and not deep:
+            largest = 257 * int(pixels.max())
+    return pixels, turned, int(largest)
+
+
+def read_image(path):
+    """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB, turned upright as
+    its EXIF orientation says.  Of 16 bits it takes the high byte, of several frames the first.
+
+    Raises what PIL raises, and ValueError for 32-bit integers and floats, whose range is unknown.
+    """
+    return _decode(path)[0]
+
+
+def read_size(path):
+    """(width, height) of an image file as read_image turns it, and its EXIF orientation, 1..8 (1:
+    upright), from the header alone.  Raises what PIL raises."""
+    with Image.open(path) as image:
+        early = image.format == "PNG" and not _ends_with_text(path)
+        # PngImageFile's own method would decode the pixels, in search of EXIF behind them
+        orientation = _orientation(Image.Image.getexif(image) if early else image.getexif())
+        swap = orientation >= 5 and image.format != "TIFF"  # a TIFF's size is the upright one
+        return image.size[::-1] if swap else image.size, orientation
+
+
+def _ends_with_text(path):
+    """Whether a PNG file has text or EXIF after its pixels, where ExifTool writes it."""
+    with open(path, "rb") as file:
+        file.seek(8)
+        pixels = False
+        while len(head := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", head)
+            if pixels and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            pixels = pixels or kind == b"IDAT"
+            file.seek(length + 4, os.SEEK_CUR)
+    return False
 
 
 class ImageFiles(Dataset):
-    """Image files by path: item i is (3, H, W) uint8.
+    """Image files by path: item i is (3, H, W) uint8, as read_image reads it.
 
     A file that cannot be decoded is marked in ``broken`` (n,), a bool tensor shared by all workers,
-    and the next one that can be takes its place.
+    and the next one that can be takes its place.  Likewise ``turned`` marks the images whose EXIF
+    orientation was not upright, and ``narrow`` those that use little of their 16 bits' range.
     """
 
     def __init__(self, paths):
         self.paths, self.reported = paths, set()
-        self.broken = torch.zeros(len(paths), dtype=torch.bool).share_memory_()
+        self.flags = torch.zeros(3, len(paths), dtype=torch.bool).share_memory_()
+        self.broken, self.turned, self.narrow = self.flags
 
     def __len__(self):
         return len(self.paths)
@@ -68,58 +132,96 @@ class ImageFiles(Dataset):
         for i in chain(range(index, len(self.paths)), range(index)):
             if not self.broken[i]:
                 try:
-                    return i, read_image(self.paths[i])
+                    pixels, self.turned[i], largest = _decode(self.paths[i])
+                    self.narrow[i] = largest < 2 ** 14
+                    return i, pixels
                 except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
                     self.broken[i], reason = True, f": {error}"
         raise InputError(f"none of the {len(self.paths)} images can be decoded{reason}")
 
-    def report_broken(self, say, consequence):
+    def report(self, say, consequence, tolerated=0.01, complete=False):
         """Name files that a process has found broken, each once, ten per call, with the reason.
 
-        say: prints a line; consequence: what becomes of such an image.  All processes call it.
-        Returns how many are broken; raises InputError if these are over 1% of the images.
+        say: prints a line; consequence: what becomes of such an image; complete: whether all images
+        have been read, so that it is known how many were turned upright, which is then said once.
+        All processes call it.  Raises InputError if more than the share ``tolerated`` of the images
+        are broken.  Returns how many are.
         """
-        flags = self.broken.to(torch.uint8)
+        flags = self.flags.to(torch.uint8)
         if world_size() > 1:
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        broken = flags.nonzero().flatten().tolist()
+        broken, turned, narrow = (row.nonzero().flatten().tolist() for row in flags)
         new = [i for i in broken if i not in self.reported][:10] if rank() == 0 else []
-        self.reported.update(new)
         for i in new:
-            say(f"cannot decode {self.paths[i]!r} ({_reason(self.paths[i])}): {consequence} "
-                f"({len(broken)} of {len(flags)} so far)")
-        if len(broken) > 0.01 * len(flags):
-            raise InputError(f"{len(broken)} of {len(flags)} images cannot be decoded: over 1%")
+            say(f"cannot decode {self.paths[i]!r} ({self.reason(i)}): {consequence} "
+                f"({len(broken)} of {len(self)} so far)")
+        self.reported.update(new)
+        if complete and turned and self._first("turned"):
+            say(f"{len(turned)} of {len(self)} images turned upright, as their EXIF orientation says")
+        if narrow and self._first("narrow"):
+            path = self.paths[narrow[0]]
+            bits = max(8, _decode(path)[2].bit_length())
+            say(f"warning: {path} uses {bits} of its 16 bits, so it is read as nearly black: multiply "
+                f"the values of such images by {2 ** (16 - bits)} and save them again")
+        if len(broken) > tolerated * len(self):
+            share = f": over {tolerated:.0%}" if tolerated else ""
+            raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{share}")
         return len(broken)
 
+    def _first(self, what):
+        """Whether ``what`` is to be said: once, by the first process."""
+        new = rank() == 0 and what not in self.reported
+        self.reported.add(what)
+        return new
 
-def _reason(path):
-    try:
-        read_image(path)
-    except Exception as error:
-        return " ".join(str(error).split())
-    return "now it can be"
+    def reason(self, index):
+        """Why image ``index`` cannot be decoded, in one line."""
+        try:
+            read_image(self.paths[index])
+        except Exception as error:
+            return " ".join(str(error).split())
+        return "now it can be"
+
+
+def list_images(root):
+    """The paths of all images below a folder, in any layout, sorted; links are followed, to each
+    folder once -> the paths; a Counter of the files left out, by extension or "hidden"."""
+    root, paths, seen, left_out = os.fspath(root), [], set(), Counter()
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        if os.path.realpath(folder) in seen:
+            subfolders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        subfolders.sort()
+        inside = folder[len(root):].split(os.sep)
+        copies = any(part.startswith(".") or part in COPIES for part in inside)
+        for file in files:
+            hidden, extension = copies or file.startswith("."), os.path.splitext(file)[1].lower()
+            if extension in EXTENSIONS and not hidden:
+                paths.append(os.path.join(folder, file))
+            elif extension in EXTENSIONS:
+                left_out["hidden"] += 1
+            elif not copies and (extension or not hidden):  # but a placeholder, .a.jpg.icloud
+                left_out[extension or "without extension"] += 1
+    return sorted(paths), left_out
 
 
 class ImageFolder(ImageFiles):
-    """All images below a folder, in any layout, sorted by path; links are followed, to each folder
-    once.  Raises InputError: no such folder, or no images in it."""
+    """All images below a folder, as list_images lists them; says how many, and what was left out.
+    Raises InputError: no such folder, or no images in it."""
 
     def __init__(self, root):
         if not os.path.isdir(root):
             raise InputError(f"no such folder: {root}")
-        self.root, paths, seen = os.fspath(root), [], set()
-        for folder, subfolders, files in os.walk(root, followlinks=True):
-            if os.path.realpath(folder) in seen:
-                subfolders.clear()
-                continue
-            seen.add(os.path.realpath(folder))
-            subfolders.sort()
-            paths += [os.path.join(folder, file) for file in files
-                      if file.lower().endswith(IMG_EXTENSIONS)]
+        self.root, (paths, left_out) = os.fspath(root), list_images(root)
+        others = ", ".join(f"{number} {what}" for what, number in left_out.most_common())
         if not paths:
-            raise InputError(f"no images below {root} (looked for {' '.join(IMG_EXTENSIONS)})")
-        super().__init__(sorted(paths))
+            raise InputError(f"no images below {root}" + (
+                f", but {others}; looked for {' '.join(sorted(EXTENSIONS))}" if others else ""))
+        if rank() == 0:
+            print(f"{root}: {len(paths)} images" + (f"; left out: {others}" if others else ""),
+                  flush=True)
+        super().__init__(paths)
 
     @property
     def names(self):
@@ -214,6 +316,12 @@ def load_batches(data, draw, batch_size, steps, seed, workers, collate_fn=None):
     return DataLoader(_Seeded(data, draw, seed), batch_sampler=batches(), num_workers=workers,
                       collate_fn=collate_fn, worker_init_fn=leave_signals_to_trainer,
                       pin_memory=torch.cuda.is_available())
+
+
+def map_numbers(function, numbers, workers):
+    """Iterate over function(number) of each number, computed by so many loader workers."""
+    return DataLoader(numbers, batch_size=None, num_workers=workers, collate_fn=function,
+                      worker_init_fn=leave_signals_to_trainer)
 
 
 # ------------------------------------------------- colour and blur (on the device, a batch at once)
@@ -317,14 +425,12 @@ def measure_normalisation(images, workers=0):
     """Mean and standard deviation of red, green and blue, over all pixels of all images.
 
     images: as open_images gives them; the processes share the work.  Prints them as the commands'
-    flags take them, and returns two lists of 3, in 0..1.  Raises InputError as report_broken does.
+    flags take them, and returns two lists of 3, in 0..1.  Raises InputError as report does.
     """
     share = range(rank(), len(images), world_size())
-    loader = DataLoader(share, batch_size=None, num_workers=workers,
-                        collate_fn=partial(_channel_sums, images),
-                        worker_init_fn=leave_signals_to_trainer)
     sums = torch.zeros(3, 3, dtype=torch.long)
-    for done, image_sums in enumerate(loader, 1):
+    channel_sums = map_numbers(partial(_channel_sums, images), share, workers)
+    for done, image_sums in enumerate(channel_sums, 1):
         sums += image_sums
         if done % 1000 == 0 and rank() == 0:
             print(f"{done} of {len(share)} images", flush=True)
@@ -333,7 +439,7 @@ def measure_normalisation(images, workers=0):
     std = (squares / count / 255 ** 2 - mean ** 2).clamp(min=0).sqrt()
     number = len(images)
     if isinstance(images, ImageFiles):
-        number -= images.report_broken(print, "left out")
+        number -= images.report(print, "left out", complete=True)
     if rank() == 0:
         print(f"{number} images:  --mean {' '.join(f'{v:.4f}' for v in mean)}"
               f" --std {' '.join(f'{v:.4f}' for v in std)}", flush=True)

@@ -406,8 +406,9 @@ class Run:
             kept = f"{self.checkpoint} is the last good one" if self.checkpoint.exists() else "none"
             step = self.step - len(values) + 1 + int(wrong[0])
             raise InputError(f"the loss is not finite at step {step}; checkpoint: {kept}")
-        if hasattr(self.images, "report_broken"):
-            self.images.report_broken(self.say, "another image takes its place")
+        if hasattr(self.images, "report"):
+            self.images.report(self.say, "another image takes its place",
+                               complete=self.step % self.steps_per_epoch == 0)
         now, (then, step_then), (start, step_start) = time.monotonic(), self.logged, self.began
         self.logged = (now, self.step)
         speed = (self.step - step_then) * self.batch_size / (now - then)

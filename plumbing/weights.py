@@ -64,47 +64,67 @@ def detectron2_name(name):
     return name.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
 
 
+def child_number_name(name):
+    """The name of the same tensor in nn.Sequential(*resnet.children()), as lightly's backbones."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
+    child, dot, rest = name.partition(".")
+    return f"{numbers.get(child, child)}{dot}{rest}"
+
+
 # matches the prefix of a momentum encoder, or of another average of the weights
 AVERAGED = re.compile(r"(?i)(^|[._])(k|m|t|key|ema|swa|slow|avg)[._]|"
                       "averaged?|momentum|target|teacher")
 
 
-def _find_backbone(stages, state, path):
-    """The prefix of the backbone's names in ``state``, the function that gives its spelling of
-    torchvision's names, and the prefixes of other backbones there."""
+def _dicts(content, path=""):
+    """A dict and all dicts in it, each with its place, such as "model."."""
+    if isinstance(content, dict):
+        yield path, content
+        for key, value in content.items():
+            yield from _dicts(value, f"{path}{key}.")
+
+
+def _find_backbone(stages, content, path):
+    """Where the content of a file holds the backbone: the dict, the prefix of the names there, the
+    function that gives their spelling of torchvision's names, and, to be shown, the prefixes of
+    this and of other backbones in the file."""
     if isinstance(stages, SwinStages):
         kind, spellings = "Swin Transformer", [str]
         required = "features.0.0.weight", "features.1.0.norm1.weight"
     else:
-        kind, spellings = "ResNet", [str, detectron2_name]
+        kind, spellings = "ResNet", [str, detectron2_name, child_number_name]
         required = "conv1.weight", "layer1.0.conv1.weight"  # both, as every block has a conv1
-    found = [(name.removesuffix(spell(required[0])), spell)
-             for spell in spellings for name in state if name.endswith(spell(required[0]))]
-    found = [(prefix, spell) for prefix, spell in found
-             if all(prefix + spell(name) in state for name in required)]
+    found, names = [], []
+    for place, state in _dicts(content):
+        here = [name for name in state if isinstance(name, str)]
+        names += [place + name for name in here if torch.is_tensor(state[name])]
+        for spell in spellings:
+            prefixes = [name.removesuffix(spell(required[0])) for name in here
+                        if f".{name}".endswith(f".{spell(required[0])}")]
+            found += [(state, place, prefix, spell) for prefix in prefixes
+                      if all(prefix + spell(name) in state for name in required)]
     if not found:
-        raise InputError(f"{path} holds no {kind}: no {' and '.join(required)}"
-                         + (", nor detectron2's" if len(spellings) > 1 else ""))
-    found.sort(key=lambda f: bool(AVERAGED.search(f[0])))  # stable: otherwise the first one
-    (prefix, spell), *others = found
-    return prefix, spell, [other for other, _ in others]
+        held = ", ".join(names[:4]) + ", ..." * (len(names) > 4) if names else "no named tensors"
+        raise InputError(f"{path} holds no {kind}: no {' and '.join(required)}, nor the same under "
+                         f"other names that are known here, but {held}")
+    # stable: otherwise the first one
+    found.sort(key=lambda f: bool(AVERAGED.search(f[1] + f[2])))
+    places = {place for _, place, _, _ in found}
+    shown = [place + prefix if len(places) > 1 else prefix for _, place, prefix, _ in found]
+    state, _, prefix, spell = found[0]
+    return {k: v for k, v in state.items() if isinstance(k, str)}, prefix, spell, shown
 
 
 def load_backbone(stages, path):
     """Copy a pre-trained backbone into ``stages``, and say what was loaded.
 
     Reads torchvision's names (also those of our files, Barlow Twins', VICReg's and OpenSelfSup's)
-    and, for a ResNet, detectron2's, under any prefix (MoCo: module.encoder_q., SoCo:
-    module.encoder.).  Of several backbones it takes the trained one, not an average of it.
+    and, for a ResNet, detectron2's and lightly's, under any prefix (MoCo: module.encoder_q., SoCo:
+    module.encoder.), in dicts within dicts (VISSL).  Of several backbones it takes the trained one, not an average of it.
     Returns the file's other tensors by name.  Raises InputError, and loads nothing, if a tensor is
     missing, not finite or of another shape: half of a backbone looks like a bad method.
     """
-    state = load_checkpoint(path)
-    for key in ("state_dict", "model", "state_dict"):
-        state = state[key] if isinstance(state, dict) and key in state else state
-    items = state.items() if isinstance(state, dict) else ()
-    state = {name: value for name, value in items if isinstance(name, str)}
-    prefix, spell, others = _find_backbone(stages, state, path)
+    state, prefix, spell, (shown, *others) = _find_backbone(stages, load_checkpoint(path), path)
     loaded, rest = {}, dict(state)
     for name, tensor in stages.state_dict().items():
         theirs = prefix + spell(name)
@@ -129,8 +149,8 @@ def load_backbone(stages, path):
         missing = len(stages.state_dict()) - len(loaded)
         counters = " (batch norm counters, not needed)" if missing else ""
         some = f" ({', '.join([*rest][:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
-        print(f"{path}: {len(loaded)} tensors loaded from '{prefix}*', {missing} missing{counters}"
-              f", {len(rest)} unexpected{some}"
+        print(f"{path}: {len(loaded)} tensors loaded from '{shown}*', {missing} missing"
+              f"{counters}, {len(rest)} unexpected{some}"
               + "".join(f"; not from '{other}*'" for other in others), flush=True)
     return rest
 
