@@ -17,6 +17,7 @@ Commands
 """
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -31,7 +32,7 @@ from torchvision.transforms.v2.functional import center_crop, normalize, resize
 from common import InputError, all_reduce_sum, rank, world_size
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
 from plumbing.figures import PALETTE
-from plumbing.images import ImageFiles, ImageFolder, leave_signals_to_trainer, seed_for
+from plumbing.images import COPIES, ImageFiles, ImageFolder, leave_signals_to_trainer, seed_for
 from plumbing.run import (Parser, add_backbone_arguments, distribute, gather_objects, launch, real,
                           whole)
 from plumbing.weights import LEVELS, load_backbones
@@ -77,12 +78,18 @@ def read_data(args, part, classes=None):
             images = ImageFolder(Path(args.data, folder))
             paths += images.paths
             names += [name.partition("/") for name in images.names]
+            used = {name.partition("/")[0] for name in images.names}
+            for entry in os.scandir(images.root):
+                copies = entry.name.startswith(".") or entry.name.lower() in COPIES
+                if entry.is_dir() and not copies and entry.name not in used:
+                    raise InputError(f"{entry.path}: no image of this class")
         found = sorted({name for name, slash, _ in names if slash})
         loose = [name for name, slash, _ in names if not slash]
-        if loose or found != (classes or found):
+        if loose or len(found) < 2 or found != (classes or found):
             raise InputError(f"{' '.join(split)} of {args.data}: " + (
                 f"{loose[0]} is in no class's folder" if loose else
-                f"classes {' '.join(found)}, but {' '.join(classes)} in training"))
+                f"one class, {found[0]}: nothing to tell apart" if len(found) < 2 else
+                f"other classes than in training: {' '.join(sorted({*found} ^ {*classes})[:9])}"))
         targets = torch.tensor([found.index(name) for name, *_ in names])
         return Labelled(ImageFiles(paths), targets, found, args)
     if args.dataset == "scenes":
@@ -275,6 +282,15 @@ def probe(args, device):
     else:  # of a class: the share of images that have it; without any it is left out, as in mAP
         shares = (test.targets == 1).sum(0) / (test.targets != 0).sum(0)
         scores, metric, chance = svm_scores, "mAP", shares[shares > 0].mean().item()
+    for name, data in (("training", train), ("test", test)):
+        images = data.targets.bincount() if args.dataset == "folder" else (data.targets == 1).sum(0)
+        counts = ", ".join(f"{n} {c}" for n, c in zip(images.tolist(), data.classes))
+        if not images.any():
+            raise InputError(f"{name}: {len(data)} images, none of which has a class: {counts}")
+        if rank() == 0:
+            print(f"{name}: {len(data)} images; {counts}", flush=True)
+        if rank() == 0 and name == "training" and not images.all():
+            print("warning: no training image has a class that counts 0", flush=True)
     measured = {}
     for label, stages, _ in networks:
         features = zip(extract(stages, train, args, device, f"{label}, training"),

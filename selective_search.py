@@ -314,10 +314,9 @@ def search(images, out, strategy, size, workers, fresh=False):
     finally:
         if len(found) > first:
             save()
-    broken, turned = ((int(images.broken.sum()), int(images.turned.sum()))
-                      if isinstance(images, ImageFiles) else (0, 0))
+    broken = int(images.broken.sum()) if isinstance(images, ImageFiles) else 0
     print(f"{out}: {len(names)} images, {sum(map(len, found)) / len(names):.1f} boxes each; "
-          f"{broken} cannot be decoded, {turned} turned upright", flush=True)
+          f"{broken} cannot be decoded", flush=True)
 
 
 def read_proposals(path, whole=True):
@@ -356,8 +355,12 @@ def parse_args(argv=None):
 
 def main(argv=None):
     """The command."""
-    launch(lambda args, _device: search(ImageFolder(args.data), args.out, args.strategy, args.size,
-                                        args.workers), parse_args, argv)
+    def work(args, _device):
+        images = ImageFolder(args.data)
+        search(images, args.out, args.strategy, args.size, args.workers)
+        images.report(print, "it has no boxes", tolerated=1, complete=True)
+
+    launch(work, parse_args, argv)
 
 
 if __name__ == "__main__":

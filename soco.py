@@ -99,12 +99,12 @@ class Proposed(Dataset):
         i, image = self.images.numbered(index)
         if self.boxes is None:
             return image, random_boxes(image.shape[2], image.shape[1])
-        searched, turned = self.sizes[i], getattr(self.images, "turned", None)
-        if searched.any() and (*searched,) != image.shape[:0:-1] or (
-                turned is not None and turned[i] and not searched.any()):
+        boxes, searched = self.boxes[self.start[i]:self.end[i]], self.sizes[i]  # 0 0: not known
+        size, turned = image.shape[:0:-1], getattr(self.images, "turned", [False] * len(self))
+        if (*searched,) != size if searched.any() else turned[i] or (boxes > [*size] * 2).any():
             raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
-                             "size or orientation: run the search anew")
-        return image, torch.from_numpy(self.boxes[self.start[i]:self.end[i]]).float()
+                             "size or orientation: delete their file, and search anew")
+        return image, torch.from_numpy(boxes).float()
 
 
 def find_proposals(args, images):

@@ -82,7 +82,10 @@ def _flag(value):
 
 def _declared(width, height):
     """An image's declared width and height, None if unknown: some tools write nothing, 0 or -1."""
-    size = int(float(width or 0)), int(float(height or 0))
+    try:
+        size = int(float(width)), int(float(height))
+    except (OverflowError, TypeError, ValueError):
+        return None
     return size if min(size) > 0 else None
 
 
@@ -108,22 +111,23 @@ def read_voc(root, split):
         images.setdefault(os.path.splitext(image[len(pictures) + 1:])[0], []).append(image)
     for name in names:
         source = os.path.join(folder, "Annotations", f"{name}.xml")
-        stem, extension = os.path.splitext(name)
-        if extension.lower() in EXTENSIONS and not os.path.isfile(source):  # a list of files
-            name, source = stem, os.path.join(folder, "Annotations", f"{stem}.xml")
-        if len(name.split()) > 1 and not os.path.isfile(source):
-            raise InputError(f"{path}: no image has the name {name!r}; a split is a list of names "
-                             "alone, while VOC's lists of one class have two columns")
+        if not os.path.isfile(source):
+            stem, extension = os.path.splitext(name)
+            if extension.lower() in (*EXTENSIONS, ".xml"):  # a list of files
+                name, source = stem, os.path.join(folder, "Annotations", f"{stem}.xml")
+            elif len(name.split()) > 1:
+                raise InputError(f"{path}: no image has the name {name!r}; a split is a list of "
+                                 "names alone, while VOC's lists of one class have two columns")
         written, size, objects = _read_xml(source)
         written = os.path.join(pictures, os.path.dirname(name), written)
-        found = images.get(name, [])
+        found = images.get(name) or [written if os.path.isfile(written) else
+                                     os.path.join(pictures, f"{name}.jpg")]
         if len(found) > 1 and written not in found:
             raise InputError(f"{source}: is it of {' or of '.join(found)}? Its <filename> must say")
         if written not in found and os.path.isfile(written):
-            others += [source] if found else []
-            found = found or [written]
-        image = written if written in found else [*found, f"{pictures}/{name}.jpg"][0]
-        files.append(AnnotatedFile(image, size, source, objects))
+            others.append(source)
+        image = written if written in found else found[0]
+        files.append(AnnotatedFile(os.path.normpath(image), size, source, objects))
     if others and rank() == 0:
         print(f"warning: {len(others)} annotations have another image's <filename>, such as "
               f"{others[0]}; the image that is called as the annotation is taken", flush=True)
@@ -133,9 +137,10 @@ def read_voc(root, split):
 
 def _lines(content):
     """The lines of a text file (bytes) but the empty ones, without blanks around them."""
-    utf_16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell writes
+    utf_16 = content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # as PowerShell writes
     try:
-        text = content.decode("utf-16" if utf_16 else "utf-8-sig")
+        text = content.decode("utf-16" if utf_16 else "utf-16-le" if b"\0" in content else
+                              "utf-8-sig")
     except UnicodeDecodeError:
         text = content.decode("latin-1")
     return [line.strip() for line in re.split("[\r\n]", text) if line.strip()]
@@ -160,23 +165,23 @@ def _read_xml(path):
         written = _text(root, "filename", "").replace("\\", "/").rpartition("/")[2]
         size = _declared(_text(root, "size/width", ""), _text(root, "size/height", ""))
         elements = root.findall("object")
-        if len(elements) < len([*root.iter("object")]):
+        if len(elements) < sum(element.tag.lower() == "object" for element in root.iter()):
             raise ValueError("an <object> is not directly in the <annotation>")
         for element in elements:
             x1, y1, x2, y2 = (float(_text(element, f"bndbox/{side}"))
                               for side in ("xmin", "ymin", "xmax", "ymax"))
             # Paper silent: a box has no area if xmax is not above xmin, or ymax not above ymin
-            if x2 <= x1 or y2 <= y1:
-                x2, y2 = x1 - 1, y1 - 1
+            x2, y2 = x2 - (x2 <= x1), y2 - (y2 <= y1)
             box = x1 - 1, y1 - 1, x2, y2  # VOC counts pixels from 1, and includes both ends
             objects.append(Object(_text(element, "name"), box,
                                   _flag(_text(element, "difficult", "0")),
                                   (x2 - x1 + 1) * (y2 - y1 + 1)))
+            _refuse_rotated(_text(element, "attributes/attribute[name='rotation']/value", "0"))
             if not objects[-1].name:
                 raise ValueError("the <name> of an <object> is empty")
     except OSError:
         raise InputError(f"no such file: {path}") from None
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, LookupError, OverflowError, ValueError) as error:
         raise InputError(f"{path} is not a VOC annotation: {error}") from None
     return written, size, objects
 
@@ -198,29 +203,38 @@ def read_coco(root, split):
             content = json.load(file, object_pairs_hook=_json_object)
         images, categories = content["images"], content["categories"]
         annotations = content["annotations"]
+        for entries, what in ((images, "images"), (categories, "categories"),
+                              (annotations, "annotations")):
+            _only_once(path, [e["id"] for e in entries if "id" in e], f"{what} have the id")
         for entry in images:
             name = entry["file_name"].replace("\\", "/")
             files[entry["id"]] = AnnotatedFile(
-                os.path.join(root, folder, name),
+                os.path.normpath(os.path.join(root, folder, name)),
                 _declared(entry.get("width"), entry.get("height")), f"{path}, {name}", [])
         for entry in categories:
-            names[entry["id"]] = str(entry["name"])
+            names[entry["id"]] = "" if entry["name"] is None else str(entry["name"]).strip()
+            if not names[entry["id"]]:
+                raise ValueError("a category without a name")
         for entry in annotations:
             image, category = entry["image_id"], entry["category_id"]
             if image not in files or category not in names:
                 raise ValueError(f"no image has the id {image!r}" if image not in files else
                                  f"no category has the id {category!r}")
-            x, y, w, h = map(float, entry["bbox"] or [0] * 4)  # empty: of a mask without pixels
+            box = [0] * 4 if entry["bbox"] in (None, []) else entry["bbox"]  # of an empty mask
+            if not isinstance(box, list):
+                raise ValueError("its bbox is no list")
+            x, y, w, h = map(float, box)
+            if isinstance(entry.get("attributes"), dict):
+                _refuse_rotated(entry["attributes"].get("rotation", 0))  # CVAT's
             files[image].objects.append(Object(names[category], (x, y, x + w, y + h),
                                                _flag(entry.get("iscrowd")),
                                                _area(entry.get("area"), w * h)))
-        entry, classes = None, [names[i] for i in sorted(names)]
-        for entries, what in ((images, "images"), (categories, "categories"),
-                              (annotations, "annotations")):
-            _only_once(path, [e["id"] for e in entries if "id" in e], f"{what} have the id")
+        entry = None
+        classes = [names[i] for i in sorted(names)]
     except OSError:
         raise InputError(f"no such file: {path} (a split: NAME or FILE.json:FOLDER)") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
+            ValueError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is not a COCO instances file: {why}" + (
             f" in {json.dumps(entry)[:200]}" if entry else "")) from None
@@ -234,6 +248,12 @@ def _json_object(pairs):
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError(f"one of the keys {' '.join(found)} occurs twice in one object")
     return found
+
+
+def _refuse_rotated(degrees):
+    """Raises ValueError if a box is turned: it is then not the one around its object."""
+    if float(degrees) % 360:
+        raise ValueError(f"a box is rotated, by {float(degrees):g} degrees")
 
 
 def _area(value, default):
@@ -261,9 +281,10 @@ def read_splits(dataset, root, splits, classes=None):
     for split, (_, part) in zip(splits, parts):
         ends = [max(x2, y2) for file in part for _, (x1, y1, x2, y2), *_ in file.objects
                 if x2 > x1 and y2 > y1]
-        if ends and max(ends) <= 1:
-            raise InputError(f"{split}: all {len(ends)} boxes lie within 0..1: they are fractions of "
-                             "their image, but should be in pixels")
+        fractions = sum(end <= 1.1 for end in ends)
+        if fractions > len(ends) / 2:
+            raise InputError(f"{split}: {fractions} of {len(ends)} boxes lie within 0..1: they are "
+                             "fractions of their image, but should be in pixels")
     for file in files:
         for thing in file.objects:
             if thing.name not in classes:
@@ -284,25 +305,29 @@ def check_size(file, size, orientation, exact):
         return all(x2 <= size[0] + 1 and y2 <= size[1] + 1
                    for _, (_, _, x2, y2), *_ in file.objects)
 
-    (width, height), stored = size, size[::-1] if orientation >= 5 else size
-    if width == math.inf:
+    def aspect(size):
+        return math.log(size[0] / size[1])
+
+    if math.inf in size:
         return False  # it cannot be decoded
-    if stored != size and (file.size == stored or
-                           file.size is None and not holds(size) and holds(stored)):
-        raise InputError(f"{file.source}: its boxes are of the image as it is stored, {stored[0]} x "
-                         f"{stored[1]} pixels, but its EXIF orientation tag turns it to {width} x "
-                         f"{height}: remove the tag, or annotate it upright")
+    stored = size[::-1] if orientation >= 5 else size
+    before = (not holds(size) and holds(stored) if file.size is None else
+              abs(aspect(file.size) - aspect(stored)) < abs(aspect(file.size) - aspect(size)))
+    if stored != size and before:
+        raise InputError(f"{file.source}: its size or its boxes are of the image as it is stored, "
+                         f"{stored[0]} x {stored[1]} pixels, but its EXIF orientation tag turns it "
+                         f"to {size[0]} x {size[1]}: remove the tag, or correct the annotation")
     if file.size in (None, size):
         return False
-    other = f"declared as {file.size[0]} x {file.size[1]} pixels, but {file.path} has {width} x {height}"
-    if exact:
-        raise InputError(f"{file.source}: {other}")
-    w, h = file.size
-    if max(abs(w - width), abs(h - height)) <= 2:
+    differ = [abs(a - b) for a, b in zip(file.size, size)]
+    if not exact and max(differ) <= 2:
         return False  # rounded
-    # turned or resized after it was annotated
-    if (w, h) == (height, width) or abs(w * height - h * width) <= max(w, width) or not holds(size):
-        raise InputError(f"{file.source}: {other}; if the boxes are right, delete its <size>")
+    # turned, or resized, after it was annotated
+    if exact or file.size == size[::-1] or not holds(size) or \
+            abs(aspect(file.size) - aspect(size)) < 0.005:
+        raise InputError(f"{file.source}: declared as {file.size[0]} x {file.size[1]} pixels, but "
+                         f"{file.path} has {size[0]} x {size[1]}"
+                         + ("" if exact else "; if the boxes are right, delete its <size>"))
     return True
 
 
@@ -343,23 +368,32 @@ class Annotated(ImageFiles):
                              f"{len(order)} images)")
         super().__init__([file.path for file in files])
         self.training, self.sizes = training, []
+        self.ignored = {"voc": "difficult", "coco": "crowds"}[dataset]
 
         # Differs: detectron2 leaves out images without boxes; here they train too
-        rows, self.ends, noted, reach = [], [0], defaultdict(list), 0
+        rows, self.ends, odd = [], [0], defaultdict(list)
         for file in files:
             size, orientation = self._size(file)
             self.sizes.append(size)
             if orientation > 1:
-                noted["turned"].append(file.source)
+                odd["turned"].append(file.source)
             if check_size(file, size, orientation, exact=dataset == "coco"):
-                noted["resized"].append(file.source)
+                odd["resized"].append(file.source)
+            if len({(thing.name, thing.box) for thing in file.objects}) < len(file.objects):
+                odd["repeated"].append(file.source)
             for name, box, ignore, area in file.objects:
                 clipped = clip_box(box, size, file.source)
                 if clipped is None:
-                    noted["flat"].append(file.source)
+                    odd["flat"].append(file.source)
+                    if box[2] < box[0] or box[3] < box[1]:
+                        odd["reversed"].append(file.source)
                     continue
                 if max(abs(a - b) for a, b in zip(box, clipped)) > 1:  # less is rounding
-                    noted["outside"].append(file.source)
+                    odd["outside"].append(file.source)
+                if clipped[2] < size[0] / 2 and clipped[3] < size[1] / 2:
+                    odd["corner"].append(file.source)
+                if dataset == "coco" and box[2] > 2 * box[0] and box[3] > 2 * box[1]:
+                    odd["long"].append(file.source)
                 # Paper silent: VOC's `difficult` objects train, as in detectron2; COCO's crowds do
                 # not.  In the test COCO's rule takes `difficult` objects for crowds, within which
                 # no detection is wrong; VOC07's rule is stricter.
@@ -367,51 +401,56 @@ class Annotated(ImageFiles):
                 # Paper silent: in training, boxes that reach outside their image are cut to it
                 rows.append((*(clipped if training else box), area, self.classes.index(name),
                              ignore))
-                reach = max(reach, clipped[2] / size[0], clipped[3] / size[1])
             self.ends.append(len(rows))  # image i has the rows from ends[i] to ends[i + 1]
         self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
         self.reported.add("turned")
-        self._describe(" ".join(splits), noted, reach)
+        self._describe(" ".join(splits), odd)
 
-    def _describe(self, splits, noted, reach):
+    def _describe(self, splits, odd):
         """Print how many images and boxes there are, and what is odd about them.
 
-        noted: where something odd was found, by what it is; reach: the greatest share of its image
-        that a box reaches to, from the left or the top.
+        odd: the sources of the annotations in which something was odd, by what it was.  Raises
+        InputError if no box is left, or if the boxes seem to be of another format.
         """
-        def say(text):
-            if rank() == 0:
-                print(f"{splits}: {text}", flush=True)
+        number = Counter({what: len(sources) for what, sources in odd.items()})
+        crowds, boxes = int(self.rows[:, 6].sum()), len(self.rows) + number["flat"]
+        counts = ", ".join(f"{n} {what}" for n, what in (
+            (crowds, self.ignored), (number["flat"], "without area")) if n)
+        counts = f"{boxes} boxes" + (f": {counts}" if counts else "")
+        wrong = None
+        if number["reversed"] > max(2, boxes / 20) or number["flat"] > max(10, boxes / 2):
+            wrong = f"such as in {odd['flat'][0]}: do xmax and ymax hold width and height?"
+        elif number["long"] == len(self.rows) >= 10 and number["outside"] > boxes / 10:
+            wrong = (f"{number['outside']} reach outside their image, such as in "
+                     f"{odd['outside'][0]}: do width and height hold the far corner?")
+        elif number["resized"] > max(10, len(self) / 2):
+            wrong = (f"{number['resized']} files declare another size than their image has, such as "
+                     f"{odd['resized'][0]}: if the boxes are right, delete their <size>")
+        elif crowds == len(self.rows):
+            wrong = "no box is left to " + ("train on" if self.training else "be found")
+        if wrong:
+            raise InputError(f"{splits}: {len(self)} images, {counts}; {wrong}")
 
-        flat, crowds = len(noted["flat"]), int(self.rows[:, 6].sum())
-        boxes, left = len(self.rows) + flat, len(self.rows) - crowds
-        counts = f"{boxes} boxes" + "".join(f", {n} {what}" for n, what in (
-            (crowds, "crowds or difficult"), (flat, "without area")) if n)
-        if flat > max(10, boxes / 2):
-            raise InputError(f"{splits}: {counts}, such as in {noted['flat'][0]}: do these hold width "
-                             "and height in place of the far corner?")
-        if not left:
-            raise InputError(f"{splits}: {len(self)} images, {counts}: no box is left to "
-                             + ("train on" if self.training else "be found"))
-        turned = len(noted["turned"])
-        say(f"{len(self)} images" + (f", {turned} turned upright, as their EXIF orientation says"
-                                     if turned else "") + f"; {counts}")
+        empty = sum(start == end for start, end in zip(self.ends, self.ends[1:]))
         kept = self.rows[self.rows[:, 6] == 0, 5].long().bincount(minlength=len(self.classes))
-        say("boxes " + ", ".join(f"{n} {name}" for n, name in zip(kept.tolist(), self.classes)))
-        for what, text in (("flat", "boxes without area left out"),
-                           ("outside", "boxes reach outside the image"),
-                           ("resized", "files declare another size than their image has")):
-            if noted[what]:
-                say(f"{len(noted[what])} {text}, such as in {os.path.basename(noted[what][0])}")
-        missing = [name for name, number in zip(self.classes, kept) if not number]
-        if missing and self.training:
-            say(f"warning: no box of {', '.join(missing)} to train on")
-        if left >= 20 and reach < 0.5:
-            say("warning: all boxes lie in the upper left quarter of their images: are they in "
-                "percent, or of smaller images?")
-        if len(noted["outside"]) > max(10, boxes / 2):
-            say("warning: most boxes reach outside: do they hold the far corner in place of width "
-                "and height, or are they of larger images?")
+        lines = [f"{len(self)} images, {empty} of them without a box; {counts}",
+                 "boxes " + ", ".join(f"{n} {c}" for n, c in zip(kept.tolist(), self.classes))]
+        lines += [f"{number[what]} {text}, such as in {os.path.basename(odd[what][0])}"
+                  for what, text in (
+                      ("turned", "images turned upright, as their EXIF orientation says"),
+                      ("flat", "boxes without area left out"),
+                      ("outside", "boxes reach outside the image"),
+                      ("repeated", "images have a box twice"),
+                      ("resized", "files declare another size than their image has (was it "
+                       "resized after it was annotated?)")) if number[what]]
+        if not kept.all() and self.training:
+            missing = [c for n, c in zip(kept.tolist(), self.classes) if not n]
+            lines.append(f"warning: no box of {', '.join(missing)} to train on")
+        if number["corner"] > 0.95 * len(self.rows) and len(self.rows) >= 10:
+            lines.append(f"warning: {number['corner']} boxes lie in the upper left quarter of their "
+                         "images: are they in percent, or of smaller images?")
+        for line in lines if rank() == 0 else ():
+            print(f"{splits}: {line}", flush=True)
 
     def _size(self, file):
         """Width, height and EXIF orientation, from the header of the image file: a wrong one shows
@@ -428,6 +467,9 @@ class Annotated(ImageFiles):
         i, image = self.numbered(index)
         if i != index and not self.training:
             raise InputError(f"cannot decode {self.paths[index]}: {self.reason(index)}")
+        if self.sizes[i] not in (image.shape[:0:-1], (math.inf, math.inf)):
+            raise InputError(f"{self.paths[i]} is no longer {self.sizes[i][0]} x {self.sizes[i][1]} "
+                             "pixels: start again")
         rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
         return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
                            ignore=rows[:, 6].bool())

@@ -4,10 +4,12 @@ The way of an image: file -> loader worker: decode, cut the views with their exa
 (uint8) -> batch -> device: colour, blur, normalise, for the whole batch at once.
 """
 import os
+import re
 import signal
 import struct
 import threading
 from collections import Counter
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 
@@ -15,7 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
@@ -39,32 +41,70 @@ FORMATS = "AVIF BMP DIB GIF JPEG JPEG2000 MPO PCX PNG PPM QOI SGI TGA TIFF WEBP"
 EXTENSIONS = {extension for extension, format in Image.registered_extensions().items()
               if format in FORMATS}
 # Where network drives, archives and bins keep copies; as do names that start with a dot
-COPIES = {"__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN"}
+COPIES = "__macosx @eadir @recycle @recently-snapshot #recycle #snapshot $recycle.bin".split()
 
 
-def _orientation(exif):
-    value = exif.get(ExifTags.Base.Orientation, 1)
+@contextmanager
+def _open(path):
+    with open(path, "rb") as file:  # given a path, PIL maps a TIFF into memory, and misreads it
+        try:
+            image = Image.open(file)
+        except UnidentifiedImageError:
+            file.seek(0)
+            start = file.read(16)
+            raise UnidentifiedImageError(f"cannot identify image file {path!r}, which "
+                                         + (f"starts with {start}" if start else "is empty"))
+        with image:
+            yield image
+
+
+def _orientation(image):
+    """The EXIF orientation of an open image, 1..8; 1, upright, also where its EXIF is damaged."""
+    try:  # not a PNG's own method, which decodes the pixels, in search of EXIF behind them
+        value = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except Exception:  # SyntaxError, struct.error, ...
+        value = None
     return value if value in range(1, 9) else 1
+
+
+def _refuse_misread(image, path):
+    """Raise ValueError for an open image whose values PIL would not read as they are meant."""
+    tags, why = getattr(image, "tag_v2", {}), None
+    if image.mode == "F" or image.mode == "I" and image.format not in ("PNG", "PPM"):
+        why = f"its values (PIL's mode {image.mode}) have no known range"
+    elif 16 in tags.get(258, ()) and (  # bits; white is 0; planar, without compression
+            tags.get(262) == 0 or tags.get(284) == 2 and tags.get(259) == 1):
+        why = "PIL misreads TIFFs of 16 bits that are planar, or in which 0 is white"
+    elif image.format == "JPEG2000" and image.mode.startswith("RGB"):
+        with open(path, "rb") as file:
+            start = file.read(128)  # the depth: in the box ihdr, or in the segment SIZ
+        if (start + bytes(128))[start.find(b"ihdr") + 14 if b"ihdr" in start else 42] & 127 > 7:
+            why = "PIL misreads colour of more than 8 bits in JPEG 2000"
+    if why:
+        raise ValueError(f"{why}: save it with 8 bits, or as a PNG with 16")
 
 
 def _decode(path):
     """-> (3, H, W) uint8, RGB, upright; whether it was turned; its largest value, of 65535 where
     the file has 16 bits, else 65535."""
-    with Image.open(path) as image:
-        deep = image.mode.startswith("I;16") or image.mode == "I" and image.format in ("PNG", "PPM")
-        if image.mode in ("I", "F") and not deep:
-            raise ValueError(f"its values (PIL's mode {image.mode}) have no known range: save it "
-                             "with 8 or 16 bits")
-        deep_colour, largest = ";16" in str(image.tile), 65535  # of colour PIL keeps the high byte
-        turned = _orientation(image.getexif()) != 1
+    with _open(path) as image:
+        _refuse_misread(image, path)
+        deep, largest = image.mode.startswith("I"), 65535
+        # 16 bits of each colour, of which PIL keeps the high byte
+        deep_colour = image.format in ("PNG", "PPM", "SGI", "TIFF") and not deep and re.search(
+            r";16|, 65535\)", str(image.tile))
+        if image.format == "PNG":
+            image.load()  # EXIF may stand behind the pixels
+        turned = _orientation(image) != 1
         if turned:
             ImageOps.exif_transpose(image, in_place=True)
         if deep:  # PIL's own conversion would clip 16 bits at 255
             values = np.array(image)
             image, largest = Image.fromarray((values >> 8).astype(np.uint8)), values.max() or 65535
         pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        if deep_colour and not deep:
-            largest = 257 * int(pixels.max())
+        if deep_colour:
+            rounded = image.format == "PPM"
+            largest = 257 * max(0, int(pixels.max()) - rounded)
     return pixels, turned, int(largest)
 
 
@@ -72,7 +112,8 @@ def read_image(path):
     """Decode an image file of any kind that PIL reads -> (3, H, W) uint8, RGB, turned upright as
     its EXIF orientation says.  Of 16 bits it takes the high byte, of several frames the first.
 
-    Raises what PIL raises, and ValueError for 32-bit integers and floats, whose range is unknown.
+    Raises what PIL raises, and ValueError for values that PIL misreads, and for 32-bit integers and
+    floats, whose range is unknown.
     """
     return _decode(path)[0]
 
@@ -80,16 +121,16 @@ def read_image(path):
 def read_size(path):
     """(width, height) of an image file as read_image turns it, and its EXIF orientation, 1..8 (1:
     upright), from the header alone.  Raises what PIL raises."""
-    with Image.open(path) as image:
-        early = image.format == "PNG" and not _ends_with_text(path)
-        # PngImageFile's own method would decode the pixels, in search of EXIF behind them
-        orientation = _orientation(Image.Image.getexif(image) if early else image.getexif())
+    with _open(path) as image:
+        if image.format == "PNG" and _ends_with_text(path):
+            image.load()
+        orientation = _orientation(image)
         swap = orientation >= 5 and image.format != "TIFF"  # a TIFF's size is the upright one
         return image.size[::-1] if swap else image.size, orientation
 
 
 def _ends_with_text(path):
-    """Whether a PNG file has text or EXIF after its pixels, where ExifTool writes it."""
+    """Whether a PNG file has text or EXIF behind its pixels, where ExifTool writes it."""
     with open(path, "rb") as file:
         file.seek(8)
         pixels = False
@@ -132,8 +173,9 @@ class ImageFiles(Dataset):
         for i in chain(range(index, len(self.paths)), range(index)):
             if not self.broken[i]:
                 try:
-                    pixels, self.turned[i], largest = _decode(self.paths[i])
-                    self.narrow[i] = largest < 2 ** 14
+                    pixels, turned, largest = _decode(self.paths[i])
+                    if turned or largest < 2 ** 14:
+                        self.turned[i], self.narrow[i] = turned, largest < 2 ** 14
                     return i, pixels
                 except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
                     self.broken[i], reason = True, f": {error}"
@@ -157,12 +199,13 @@ class ImageFiles(Dataset):
                 f"({len(broken)} of {len(self)} so far)")
         self.reported.update(new)
         if complete and turned and self._first("turned"):
-            say(f"{len(turned)} of {len(self)} images turned upright, as their EXIF orientation says")
+            say(f"{len(turned)} images turned upright, as their EXIF orientation says")
         if narrow and self._first("narrow"):
             path = self.paths[narrow[0]]
             bits = max(8, _decode(path)[2].bit_length())
             say(f"warning: {path} uses {bits} of its 16 bits, so it is read as nearly black: multiply "
-                f"the values of such images by {2 ** (16 - bits)} and save them again")
+                f"the values of such images ({len(narrow)} so far) by {2 ** (16 - bits)} and save "
+                "them again")
         if len(broken) > tolerated * len(self):
             share = f": over {tolerated:.0%}" if tolerated else ""
             raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{share}")
@@ -187,14 +230,19 @@ def list_images(root):
     """The paths of all images below a folder, in any layout, sorted; links are followed, to each
     folder once -> the paths; a Counter of the files left out, by extension or "hidden"."""
     root, paths, seen, left_out = os.fspath(root), [], set(), Counter()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        if os.path.realpath(folder) in seen:
+
+    def unreadable(_error):
+        left_out["folders that cannot be read"] += 1
+
+    for folder, subfolders, files in os.walk(root, onerror=unreadable, followlinks=True):
+        inside = folder[len(root):].split(os.sep)
+        copies = any(part.startswith(".") or part.lower() in COPIES for part in inside)
+        key = os.path.realpath(folder), copies  # a link may lead out of a hidden folder
+        if key in seen:
             subfolders.clear()
             continue
-        seen.add(os.path.realpath(folder))
+        seen.add(key)
         subfolders.sort()
-        inside = folder[len(root):].split(os.sep)
-        copies = any(part.startswith(".") or part in COPIES for part in inside)
         for file in files:
             hidden, extension = copies or file.startswith("."), os.path.splitext(file)[1].lower()
             if extension in EXTENSIONS and not hidden:

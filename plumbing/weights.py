@@ -132,6 +132,8 @@ def load_backbone(stages, path):
             loaded[name] = value = rest.pop(theirs)
             if not torch.is_tensor(value):
                 raise InputError(f"{path}: {theirs} is no tensor")
+            if tensor.is_floating_point() and not value.is_floating_point():  # it is quantised
+                raise InputError(f"{path}: {theirs} holds {value.dtype}, not floats")
             if value.shape != tensor.shape:
                 raise InputError(f"{path}: {theirs} is {tuple(value.shape)}, not "
                                  f"{tuple(tensor.shape)}: another architecture?")

@@ -1,7 +1,9 @@
+import codecs
 import contextlib
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -47,7 +49,7 @@ def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
     make_voc(tmp_path / inner, [[("dog", 0, 1, 1, 80, 60), ("cat", 1, 11, 21, 30, 40)],
                                 [], [("cat", 0, 7, 7, 7, 20)]], split.rpartition("/")[2])
     file = read_voc(str(tmp_path), split)[1][0]
-    assert file.size is None and Path(file.source).name == "0000.xml"
+    assert file.size == (80, 60) and Path(file.source).name == "0000.xml"
     assert file.objects == [("dog", (0, 0, 80, 60), False, 4800), ("cat", (10, 20, 30, 40), True,
                                                                    400)]
     data = Annotated("voc", str(tmp_path), [split])
@@ -61,8 +63,12 @@ def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
         _, truth = data[i]
         assert truth["boxes"].shape == (0, 4) and truth["labels"].shape == (0,)
         assert training_item(data[i])[1]["boxes"].shape == (0, 4)
-    said = capsys.readouterr().out
-    assert said.count("\n") == 1 and "1 boxes without area left out, such as in 0002.xml" in said
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == (f"{split}: 3 images, 2 of them without a box; 3 boxes: 1 difficult, "
+                       "1 without area")
+    assert said[1] == f"{split}: boxes " + ", ".join(
+        f"{int(name == 'dog')} {name}" for name in data.classes)
+    assert said[2:] == [f"{split}: 1 boxes without area left out, such as in 0002.xml"]
     data = Annotated("voc", str(tmp_path), [split], training=True)
     assert data[0][1]["ignore"].tolist() == [False, False]  # difficult ones train
     assert data.classes == (["cat", "dog"] if not inner else VOC_CLASSES)
@@ -99,7 +105,8 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     for text in ("<annotation><object>", "", "<other/>",
                  XML.format("<object><name>a</name></object>"),
                  XML.format(OBJECT.format("dog", 0, "one", 1, 9, 9)), "<annotation><a>",
-                 XML.format("<object><name>a</name><bndbox/></object>")):
+                 XML.format("<object><name>a</name><bndbox/></object>"),
+                 XML.format("<Object/>"), "<?xml version='1.0' encoding='utf8mb4'?><annotation/>"):
         path.write_text(text)
         assert "0001.xml is not a VOC annotation" in error(*args), text
     for sides in (("nan", 1, 9, 9), (1, 1, "nan", 9), (1, 1, 9, "inf")):
@@ -131,7 +138,7 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     assert torch.equal(data[0][0], data[1][0]) and data[0][1]["boxes"].shape == (0, 4)  # the next
     assert data.broken.tolist() == [True, False]
     with pytest.raises(InputError, match="1 of 2 images cannot be decoded: over 1%"):
-        data.report_broken(print, "another image takes its place")
+        data.report(print, "another image takes its place")
     assert "0000.jpg" in capsys.readouterr().out
     (tmp_path / "JPEGImages" / "0000.jpg").unlink()
     assert "No such file" in error(*args) and "0000.jpg" in error(*args)
@@ -191,7 +198,9 @@ def test_coco_items(tmp_path, capsys):
     other = Annotated("coco", str(folder), ["photos"], classes=data.classes)
     assert [other[i][1]["labels"].tolist() for i in range(4)] == [
         t["labels"].tolist() for t in truths]
-    assert len(Annotated("coco", str(folder), ["photos", "some.json:photos"])) == 8
+    assert "two annotations are of" in error("coco", str(folder), ["photos", "some.json:photos"])
+    (folder / "again").symlink_to(folder / "photos")
+    assert len(Annotated("coco", str(folder), ["photos", "some.json:again"])) == 8
 
 
 def test_coco_ap_equals_pycocotools_on_the_file(tmp_path):
@@ -242,7 +251,8 @@ def test_coco_names_the_file_that_is_wrong(tmp_path):
                    lambda c: c["annotations"][1].update(image_id=4),
                    lambda c: c["annotations"][1].update(bbox=[1, 2, 3]),
                    lambda c: c["annotations"][1].update(bbox=[1, 2, 3, "x"]),
-                   lambda c: c["annotations"][1].update(area=None),
+                   lambda c: c["annotations"][1].update(iscrowd="maybe"),
+                   lambda c: c["annotations"][1].update(iscrowd=2),
                    lambda c: c["annotations"][1].pop("bbox")):
         message = broken(change)
         assert "some.json is not a COCO instances file" in message and '"id": 2' in message
@@ -262,6 +272,15 @@ def test_coco_names_the_file_that_is_wrong(tmp_path):
     assert "is not a COCO instances file" in broken(lambda c: c.pop("images"))
     assert "is not a COCO instances file" in broken(lambda c: c.update(categories=3))
     assert "is not a COCO instances file" in broken(lambda c: c["images"][1].pop("file_name"))
+    assert "its bbox is no list" in broken(lambda c: c["annotations"][1].update(bbox="1234"))
+    for name in (None, "", " "):
+        assert "a category without a name in {" in broken(
+            lambda c: c["categories"][1].update(name=name))
+    assert "two categories have the name 'car'" in broken(
+        lambda c: c["categories"][0].update(name="car "))
+    assert "not finite" in broken(lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 1e999]))
+    assert "too large to convert to float" in broken(
+        lambda c: c["annotations"][1].update(bbox=[1, 2, 3, 10 ** 400]))
     assert "no images in" in broken(lambda c: c.update(images=[], annotations=[]))
     for text in ("{", "[]", "\xff"):
         (folder / "some.json").write_text(text)
@@ -313,3 +332,380 @@ def test_a_detector_that_is_right_about_every_scene_gets_one():
     exact = [dict(boxes=t["boxes"], labels=t["labels"], scores=torch.ones(len(t["labels"])))
              for t in truths]
     assert coco_ap(truths, exact)["AP"] == pytest.approx(1)
+
+
+# ------------------------------------------------- what people's own tools write: right, or refused
+
+
+UPRIGHT = {1: 0, 3: 2, 6: 1, 8: 3}  # EXIF orientation -> quarter turns that make the stored pixels
+
+
+def draw(folder, layout, number=3, orientation=1, extension="jpg", declared="upright", shrink=1):
+    """Noise of 90 x 120 with a red rectangle for each object, in files of a layout: the boxes are
+    right if what is read is upright.  declared: the size in the annotations, "stored", "none" or
+    "upright"; shrink: of the image after it was annotated."""
+    rng, boxes = np.random.default_rng(0), []
+    (folder / "JPEGImages").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    for i in range(number):
+        pixels = rng.integers(0, 128, (120, 90, 3), dtype=np.uint8)
+        x, y = rng.integers(0, 50, 2).tolist()
+        pixels[y:y + 40, x:x + 30] = 255, 0, 0
+        image = Image.fromarray(np.ascontiguousarray(np.rot90(pixels, UPRIGHT[orientation])))
+        image = image.resize([side // shrink for side in image.size])
+        image.save(folder / "JPEGImages" / f"{i:04}.{extension}", exif=exif, quality=95)
+        boxes.append((x, y, x + 30, y + 40))
+    size = {"upright": (90, 120), "stored": (120, 90), "none": (-1, -1)}[declared]
+    if layout == "coco":
+        content = dict(categories=[dict(id=1, name="red")], annotations=[
+            dict(id=i, image_id=i, category_id=1, bbox=[x1, y1, x2 - x1, y2 - y1])
+            for i, (x1, y1, x2, y2) in enumerate(boxes)],
+            images=[dict(id=i, file_name=f"{i:04}.{extension}", width=size[0], height=size[1])
+                    for i in range(number)])
+        (folder / "a.json").write_text(json.dumps(content))
+        return "coco", str(folder), ["a.json:JPEGImages"]
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "Annotations").mkdir()
+    for i, (x1, y1, x2, y2) in enumerate(boxes):
+        xml = XML.format(OBJECT.format("red", 0, x1 + 1, y1 + 1, x2, y2))
+        xml = xml.replace("<width>80<", f"<width>{size[0]}<")
+        xml = xml.replace("<height>60<", f"<height>{size[1]}<")
+        (folder / "Annotations" / f"{i:04}.xml").write_text(xml)
+    (folder / "ImageSets" / "Main" / "all.txt").write_text(
+        "".join(f"{i:04}\n" for i in range(number)))
+    return "voc", str(folder), ["all"]
+
+
+def shares(data):
+    """The share of each annotated box that is red, in the pixels read."""
+    found = []
+    for i in range(len(data)):
+        image, truth = data[i]
+        for x1, y1, x2, y2 in truth["boxes"].int().tolist():
+            red, green, _ = image[:, y1:y2, x1:x2].int()
+            found.append((red - green > 100).float().mean().item())
+    return found
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+@pytest.mark.parametrize("extension, declared", [("jpg", "upright"), ("jpg", "none"),
+                                                 ("png", "upright"), ("tif", "none")])
+def test_boxes_lie_on_their_objects_whatever_way_the_file_is_stored(
+        tmp_path, capsys, layout, orientation, extension, declared):
+    args = draw(tmp_path, layout, 3, orientation, extension, declared)
+    data = Annotated(*args)
+    assert min(shares(data)) > 0.9 and data.sizes == [(90, 120)] * 3
+    turned = "3 images turned upright, as their EXIF orientation says, such as in "
+    assert (turned in capsys.readouterr().out) == (orientation > 1)
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_boxes_of_other_pixels_than_the_upright_ones_are_refused(tmp_path, layout):
+    stored = "are of the image as it is stored, 120 x 90 pixels, but its EXIF orientation tag turns it to 90"
+    for orientation in (6, 8):
+        folder = tmp_path / str(orientation)
+        assert stored in error(*draw(folder, layout, 3, orientation, declared="stored"))
+    # without a size, a box tells that fits into the stored image alone
+    args = draw(tmp_path / "none", layout, 3, 6, declared="none")
+    for path in ((tmp_path / "none" / "Annotations").glob("*") if layout == "voc" else
+                 [tmp_path / "none" / "a.json"]):
+        text = path.read_text()
+        path.write_text(re.sub(r"<xmax>\d+", "<xmax>115", text) if layout == "voc" else
+                        re.sub(r'"bbox": \[\d+, \d+, 30', '"bbox": [20, 4, 90', text))
+    assert stored in error(*args)
+    # turned, or made smaller, after it was annotated
+    declared = r"declared as 120 x 90 pixels, but .*\.jpg has 90 x 120"
+    assert re.search(declared, error(*draw(tmp_path / "turned", layout, declared="stored")))
+    smaller = draw(tmp_path / "smaller", layout, shrink=2)
+    assert re.search(r"declared as 90 x 120 pixels, but .*\.jpg has 45 x 60", error(*smaller))
+
+
+def test_a_size_that_is_nearly_the_stored_one_is_refused(tmp_path):
+    """As tools write that round, or that make photos smaller; VOC's layout leaves room for both."""
+    for i, (width, height) in enumerate(((60, 45), (121, 90), (119, 91), (800, 600))):
+        args = draw(tmp_path / str(i), "voc", 3, 6)
+        path = tmp_path / str(i) / "Annotations" / "0001.xml"
+        edit(path, "<width>90</width><height>120<", f"<width>{width}</width><height>{height}<")
+        assert "0001.xml: its size or its boxes are of the image as it is stored" in error(*args)
+        edit(path, f"<width>{width}</width><height>{height}<", "<width>91</width><height>119<")
+        assert min(shares(Annotated(*args))) > 0.9
+
+
+def test_rotated_and_repeated_boxes(tmp_path, capsys):
+    """CVAT's: the box that it writes is not yet turned."""
+    args = draw(tmp_path / "coco", "coco")
+    path = tmp_path / "coco" / "a.json"
+    content = json.loads(path.read_text())
+    for degrees, refused in ((0.0, False), (360, False), (45.5, True), (-90, True)):
+        content["annotations"][1]["attributes"] = dict(occluded=False, rotation=degrees)
+        path.write_text(json.dumps(content))
+        if refused:
+            assert f"a box is rotated, by {degrees:g} degrees in {{" in error(*args)
+        else:
+            Annotated(*args)
+    content["annotations"][1].pop("attributes")
+    content["annotations"].append(dict(content["annotations"][1], id=9))
+    path.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert len(Annotated(*args)[1][1]["boxes"]) == 2  # as they are, but it is said
+    assert "1 images have a box twice, such as in a.json, 0001.jpg" in capsys.readouterr().out
+
+    args = draw(tmp_path / "voc", "voc")
+    path = tmp_path / "voc" / "Annotations" / "0001.xml"
+    edit(path, "<bndbox>", "<attributes><attribute><name>occluded</name><value>x</value></attribute>"
+         "<attribute><name>rotation</name><value>45.0</value></attribute></attributes><bndbox>")
+    assert "0001.xml is not a VOC annotation: a box is rotated, by 45 degrees" in error(*args)
+
+
+def test_a_wrong_size_of_voc_is_pointed_out_where_the_boxes_fit(tmp_path, capsys):
+    args = draw(tmp_path, "voc")
+    path = tmp_path / "Annotations" / "0001.xml"
+    text = path.read_text()
+    for width, said in ((92, False), (500, True), (0, False), ("", False)):
+        path.write_text(text.replace("<width>90", f"<width>{width}"))
+        assert min(shares(Annotated(*args))) > 0.9
+        assert ("1 files declare another size than their image has (was it resized after it was "
+                "annotated?), such as in 0001.xml" in capsys.readouterr().out) == said
+    path.write_text(text.replace("<width>90", "<width>500").replace("<xmax>", "<xmax>1"))
+    assert "declared as 500 x 120 pixels, but " in error(*args)  # where the boxes do not fit
+    args = draw(tmp_path / "many", "voc", 20)
+    for i in range(11):
+        edit(tmp_path / "many" / "Annotations" / f"{i:04}.xml", "<width>90", "<width>416")
+    assert "11 files declare another size" in error(*args) and "delete their <size>" in error(*args)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_set_without_a_target_is_refused_with_the_counts(tmp_path, training, capsys):
+    args = draw(tmp_path / "coco", "coco")
+    path = tmp_path / "coco" / "a.json"
+    text, end = path.read_text(), "train on" if training else "be found"
+    for flag in ("1", "true", '"1"', '"True"', "1.0", '"yes"'):
+        path.write_text(text.replace('"category_id"', f'"iscrowd": {flag}, "category_id"'))
+        assert error(*args, training=training) == (
+            f"a.json:JPEGImages: 3 images, 3 boxes: 3 crowds; no box is left to {end}")
+    for flag in ("0", "false", '"0"', '"False"', "0.0", '"no"', "null", '""'):
+        path.write_text(text.replace('"category_id"', f'"iscrowd": {flag}, "category_id"'))
+        assert not any(ignored for _, truth in map(Annotated(*args, training=training).__getitem__,
+                                                   range(3)) for ignored in truth["ignore"])
+    for flag in ("2", '"maybe"', "-1", "[]"):
+        path.write_text(text.replace('"category_id"', f'"iscrowd": {flag}, "category_id"'))
+        assert "is no flag, such as 0 or 1" in error(*args, training=training)
+    content = json.loads(text)
+    path.write_text(json.dumps(dict(content, annotations=[])))
+    assert f"3 images, 0 boxes; no box is left to {end}" in error(*args, training=training)
+    path.write_text(re.sub(r", 30, 40]", ", 0, 40]", text))
+    assert f"3 boxes: 3 without area; no box is left to {end}" in error(*args, training=training)
+
+    args, flat = draw(tmp_path / "voc", "voc", 30), 0
+    files = [*(tmp_path / "voc" / "Annotations").glob("*.xml")]
+    for path in files:
+        edit(path, "<difficult>0", "<difficult>1")
+    if training:  # they train
+        Annotated(*args, training=True)
+    else:
+        assert "30 images, 30 boxes: 30 difficult; no box is left to be found" in error(*args)
+    for path in files:  # width and height in place of the far corner
+        x, y = map(int, re.search(r"<xmin>(\d+)</xmin><ymin>(\d+)", path.read_text()).groups())
+        flat += x >= 30 or y >= 40
+        edit(path, f"<xmax>{x + 29}</xmax><ymax>{y + 39}", "<xmax>30</xmax><ymax>40")
+    assert 15 < flat < 30  # the others would be wrong in silence
+    message = error(*args, training=training)
+    assert f"{flat} without area; such as in " in message and "do xmax and ymax hold width" in message
+
+
+def test_what_a_set_holds_is_printed(tmp_path, capsys):
+    args = draw(tmp_path, "coco", 4)
+    path = tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    content["categories"] += [dict(id=7, name="blue"), dict(id=3, name="green")]
+    one, two, three, four = content["annotations"]
+    two["category_id"], three["iscrowd"], four["bbox"] = 7, 1, []
+    path.write_text(json.dumps(content))
+    Annotated(*args, training=True)
+    name = "a.json:JPEGImages"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{name}: 4 images, 1 of them without a box; 4 boxes: 1 crowds, 1 without area",
+        f"{name}: boxes 1 red, 0 green, 1 blue",
+        f"{name}: 1 boxes without area left out, such as in a.json, 0003.jpg",
+        f"{name}: warning: no box of green to train on"]
+    Annotated(*args)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["voc", "coco"])
+def test_boxes_on_another_scale(tmp_path, layout, capsys):
+    def rescaled(folder, width, height):
+        args = draw(folder, layout, 25)
+        if layout == "coco":
+            path = folder / "a.json"
+            content = json.loads(path.read_text())
+            for thing in content["annotations"]:
+                thing["bbox"] = [side * by for side, by in zip(thing["bbox"], (width, height) * 2)]
+            path.write_text(json.dumps(content))
+        else:
+            for path in (folder / "Annotations").glob("*.xml"):
+                for side, by in (("x", width), ("y", height)):
+                    path.write_text(re.sub(
+                        rf"<({side}m..)>(\d+)", lambda m: f"<{m[1]}>{int(m[2]) * by}",
+                        path.read_text()))
+        return args
+
+    args = rescaled(tmp_path / "fractions", 1 / 90, 1 / 120)
+    assert "25 of 25 boxes lie within 0..1: they are fractions" in error(*args)
+    args = rescaled(tmp_path / "smaller", 0.4, 0.4)
+    Annotated(*args)
+    assert "warning: 25 boxes lie in the upper left quarter" in capsys.readouterr().out
+    args = rescaled(tmp_path / "right", 1, 1)
+    Annotated(*args)
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_coco_boxes_that_hold_the_far_corner_are_refused(tmp_path):
+    args = draw(tmp_path, "coco", 40)
+    content = json.loads((tmp_path / "a.json").read_text())
+    outside = 0
+    for thing in content["annotations"]:
+        x, y, w, h = thing["bbox"]
+        thing["bbox"] = [x, y, x + w, y + h]
+        outside += 2 * x + w > 91 or 2 * y + h > 121
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert 5 < outside < 35
+    assert (f"40 boxes; {outside} reach outside their image, such as in {tmp_path}/a.json, " in
+            error(*args)) and "do width and height hold the far corner?" in error(*args)
+
+
+def test_of_two_images_of_one_name_filename_decides(tmp_path, capsys):
+    args = draw(tmp_path, "voc", extension="png")
+    images, path = tmp_path / "JPEGImages", tmp_path / "Annotations" / "0000.xml"
+    Image.new("RGB", (90, 120)).save(images / "0000.jpg")  # black
+    message = error(*args)
+    assert "0000.xml: is it of " in message and "<filename> must say" in message
+    assert "0000.jpg or of " in message and "0000.png" in message
+    text = path.read_text()
+    for filename in ("0000.png", "C:\\photos\\0000.png", "/home/me/0000.png"):
+        path.write_text(text.replace("<size>", f"<filename>{filename}</filename><size>"))
+        assert min(shares(Annotated(*args))) > 0.9
+    path.write_text(text.replace("<size>", "<filename>0000.bmp</filename><size>"))
+    assert "is it of " in error(*args)
+    (images / "0000.jpg").unlink()
+    assert min(shares(Annotated(*args))) > 0.9  # only one is left
+    (images / "0000.png").rename(images / "photo 7.png")
+    assert "No such file" in error(*args) and "0000.jpg" in error(*args)
+    path.write_text(text.replace("<size>", "<filename>photo 7.png</filename><size>"))
+    assert min(shares(Annotated(*args))) > 0.9
+    capsys.readouterr()
+    edit(tmp_path / "Annotations" / "0001.xml", "<size>", "<filename>0002.png</filename><size>")
+    assert min(shares(Annotated(*args))) > 0.9
+    said = capsys.readouterr().out
+    assert "warning: 1 annotations have another image's <filename>" in said and "0001.xml" in said
+
+
+def test_what_occurs_twice_is_refused(tmp_path):
+    args = draw(tmp_path / "voc", "voc")
+    path = tmp_path / "voc" / "Annotations" / "0001.xml"
+    text = path.read_text()
+    for old, tag in (("<xmin>", "bndbox/xmin"), ("<ymax>", "bndbox/ymax"), ("<name>", "name"),
+                     ("<difficult>", "difficult"), ("<width>", "size/width")):
+        closing = old.replace("<", "</")
+        value = text[text.index(old):text.index(closing) + len(closing)]
+        path.write_text(text.replace(value, 2 * value))
+        assert f"0001.xml is not a VOC annotation: 2 <{tag}> in an <" in error(*args)
+    box = text[text.index("<bndbox>"):text.index("</bndbox>") + 9]
+    path.write_text(text.replace(box, 2 * box))
+    assert "2 <bndbox/xmin> in an <object>" in error(*args)
+    path.write_text(text.replace(box, ""))
+    assert "no <bndbox/xmin> in an <object>" in error(*args)
+    path.write_text(text.replace("<object>", "<objects><object>").replace("</object>",
+                                                                         "</object></objects>"))
+    assert "an <object> is not directly in the <annotation>" in error(*args)
+    path.write_text(text.replace("<name>red", "<name> "))
+    assert "the <name> of an <object> is empty" in error(*args)
+    path.write_text(text)
+    edit(tmp_path / "voc" / "ImageSets" / "Main" / "all.txt", "0002", "0001")
+    assert "all.txt: two lines are '0001'" in error(*args)
+
+    args = draw(tmp_path / "coco", "coco")
+    path = tmp_path / "coco" / "a.json"
+    content = json.loads(path.read_text())
+    content["categories"].append(dict(id=2, name="blue"))
+    for where, change, message in (
+            ("images", dict(id=0), "two images have the id 0"),
+            ("images", dict(file_name="0000.jpg"), "two images are '"),
+            ("annotations", dict(id=0), "two annotations have the id 0"),
+            ("categories", dict(id=1), "two categories have the id 1"),
+            ("categories", dict(name="red"), "two categories have the name 'red'")):
+        other = json.loads(json.dumps(content))
+        other[where][1].update(change)
+        path.write_text(json.dumps(other))
+        assert message in error(*args), message
+    path.write_text(json.dumps(content)[:-1] + ', "images": []}')
+    assert "occurs twice in one object" in error(*args)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "latin-1"])
+def test_files_of_any_encoding(tmp_path, encoding):
+    args = draw(tmp_path / "voc", "voc")
+    for folder, extension in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (tmp_path / "voc" / folder / f"0000.{extension}").rename(
+            tmp_path / "voc" / folder / f"Käfer.{extension}")
+    text = "Käfer\r\n0001.jpg\r\n\r\n0002.xml\r\n"  # of files, too
+    path = tmp_path / "voc" / "ImageSets" / "Main" / "all.txt"
+    mark = codecs.BOM_UTF16_LE if encoding == "utf-16-le" else b""
+    for start in (b"", mark):
+        path.write_bytes(start + text.encode(encoding))
+        data = Annotated(*args)
+        assert [Path(file).stem for file in data.paths] == ["Käfer", "0001", "0002"]
+        assert min(shares(data)) > 0.9
+    if encoding != "latin-1":
+        args = draw(tmp_path / "coco", "coco")
+        path = tmp_path / "coco" / "a.json"
+        path.write_bytes(mark + path.read_text().encode(encoding))
+        assert min(shares(Annotated(*args))) > 0.9
+
+
+def test_a_list_of_one_class_is_refused(tmp_path):
+    args = draw(tmp_path, "voc")
+    path = tmp_path / "ImageSets" / "Main" / "all.txt"
+    path.write_text("0000 -1\n0001  1\n0002  0\n")
+    assert "all.txt: no image has the name '0000 -1'" in error(*args)
+    assert "VOC's lists of one class have two columns" in error(*args)
+
+
+def test_coco_fields_as_other_tools_write_them(tmp_path, capsys):
+    args = draw(tmp_path, "coco", 6)
+    (tmp_path / "JPEGImages" / "deep").mkdir()
+    (tmp_path / "JPEGImages" / "0000.jpg").rename(tmp_path / "JPEGImages" / "deep" / "0000.jpg")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["images"][0]["file_name"] = "deep\\0000.jpg"
+    for image, width in zip(content["images"], (-1, math.inf, None, "90", 90.0)):
+        image["width"] = width
+    del content["images"][5]["width"]
+    for thing, area in zip(content["annotations"], (None, [], "x", -1, 700.5, "700.5")):
+        thing["area"] = area
+    content["annotations"] += [dict(id=9, image_id=0, category_id=1, bbox=bbox) for bbox in
+                               ([], None)]
+    del content["annotations"][-1]["id"]
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    data = Annotated(*args)
+    assert min(shares(data)) > 0.9 and data.rows[:, 4].tolist() == [1200] * 4 + [700.5] * 2
+    assert "8 boxes: 2 without area" in capsys.readouterr().out
+
+
+def test_a_cut_off_test_image_is_named_with_the_reason_before_the_training(tmp_path, capsys):
+    data = Annotated(*draw(tmp_path, "voc"))
+    data.decode(0, print)
+    (tmp_path / "JPEGImages" / "0001.jpg").write_bytes(
+        (tmp_path / "JPEGImages" / "0001.jpg").read_bytes()[:-200])
+    with pytest.raises(InputError, match=r"^1 of 3 images cannot be decoded$"):
+        data.decode(2, print)
+    assert "0001.jpg' (image file is truncated" in capsys.readouterr().out
+    with pytest.raises(InputError, match=r"cannot decode .*0001.jpg: image file is truncated"):
+        data[1]

@@ -273,7 +273,7 @@ def test_folders_of_odd_images(tmp_path, capsys):
     assert {images.names[i] for i in images.broken.nonzero().flatten()} == broken
     said = []
     with pytest.raises(InputError, match="^6 of 20 images cannot be decoded: over 1%$"):
-        images.report_broken(said.append, "left out")
+        images.report(said.append, "left out")
     assert len(said) == 6 and not any("\n" in line for line in said)
     with pytest.raises(InputError, match="6 of 20 images cannot be decoded: over 1%"):
         measure_normalisation(ImageFolder(tmp_path / "data"))
@@ -312,7 +312,7 @@ def as_another_user(_number, folder):
     assert len(images) == 8 and images[1].shape == (3, 60, 80)
     assert images.broken.tolist() == [i == 1 for i in range(8)]
     with pytest.raises(InputError):
-        images.report_broken(said.append, "left out")
+        images.report(said.append, "left out")
     assert "([Errno 13] Permission denied: " in said[0]
     if os.geteuid() != 65534:
         folder.chmod(0o555)

@@ -3,9 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import column, start_processes
+from conftest import column, refusal, start_processes
+from PIL import Image
 from test_average_precision import NAMES
-from test_data import make_coco, make_voc
+from test_data import OBJECT, XML, make_coco, make_voc
 
 import finetune_fasterrcnn as ft
 from detection.data import Annotated, LabelledScenes
@@ -193,3 +194,48 @@ def test_eval_only_refuses_another_file(tmp_path):
         torch.save(content, tmp_path / "file.pt")
         with pytest.raises(SystemExit, match="is no checkpoint of finetune_fasterrcnn"):
             ft.main(["--eval-only", str(tmp_path / "file.pt")])
+
+
+# ------------------------------------------------------------------- what ends before the training
+
+
+def make_run(tmp_path, *more):
+    make_voc(tmp_path / "voc", [[("dog", 0, 1 + i, 5, 40 + i, 50)] for i in range(6)])
+    folder = tmp_path / "voc"
+    (folder / "ImageSets/Main/train.txt").write_text("0000\n0001\n0002\n0003\n")
+    (folder / "ImageSets/Main/test.txt").write_text("0003\n0004\n0005\n")
+    return folder, ["--dataset", "voc", "--data", folder, *TINY, "--train-split", "train",
+                    "--test-split", "test", "--detector", "fpn", "--out", tmp_path / "run"]
+
+
+def test_images_too_thin_for_the_detector_are_named(tmp_path):
+    folder, words = make_run(tmp_path)
+    for name in ("0001", "0005"):  # of training, of the test
+        for size, thin in (((1000, 5), True), ((1, 100), True), ((161, 2), True), ((150, 2), False)):
+            path = folder / "JPEGImages" / f"{name}.jpg"
+            Image.new("RGB", size).save(path)
+            (folder / "Annotations" / f"{name}.xml").write_text(
+                XML.format(OBJECT.format("dog", 0, 1, 1, *size)).replace(
+                    "<width>80", f"<width>{size[0]}").replace("<height>60", f"<height>{size[1]}"))
+            if thin:  # 80 pixels long, it would be less than one across
+                assert refusal(ft.main, words) == (
+                    f"error: {path} has {size[0]} x {size[1]} pixels: of 80 in length, less than "
+                    "one pixel would be left across")
+    ft.main([str(word) for word in words])  # 150 x 2 pixels train, and are tested
+
+
+def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys):
+    folder, words = make_run(tmp_path)
+    path = folder / "JPEGImages" / "0004.jpg"
+    photo = path.read_bytes()
+    path.write_bytes(photo[:-20])
+    assert refusal(ft.main, words) == "error: 1 of 3 images cannot be decoded"
+    said = capsys.readouterr().out
+    assert f"cannot decode '{path}' (image file is truncated" in said and "step" not in said
+    path.write_bytes(photo)
+    ft.main([str(word) for word in words])  # the same command again
+    said = capsys.readouterr().out
+    assert "step 4/4" in said and "AP by class:  dog" in said
+    assert "warning: 1 of 3 test images are training images too, such as" in said
+    for line in ("train: 4 images; 4 boxes\n", "train: boxes 4 dog\n", "test: 3 images; 3 boxes\n"):
+        assert said.count(line) == 1

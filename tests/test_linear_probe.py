@@ -1,17 +1,19 @@
 """The SVMs against Newton's method, AP against a loop; separable data; one process as two."""
 import json
 import math
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_photos, start_processes
+from conftest import make_photos, refusal, start_processes
 from PIL import Image
 
 from common import InputError, resnet_stages
 from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,
-                          softmax_scores, svm_objective, svm_scores)
+                          read_data, softmax_scores, svm_objective, svm_scores)
 from plumbing.images import ImageFiles
 from plumbing.weights import LEVELS, save_tensors
 
@@ -245,7 +247,7 @@ def test_bad_input_is_one_line(classes, tmp_path):
             (["--data", str(classes)], "--data needs --dataset"),
             (["--test-scenes", "1"], "10 and 1 images are too few"),
             (["--std", "0", "1", "1"], "argument --std: 0 is not from 0.001 to 1"),
-            (["--dataset", "folder", "--data", str(tmp_path)], "No such file"),
+            (["--dataset", "folder", "--data", str(tmp_path)], "no such folder: .*train"),
             (["--dataset", "voc", "--data", str(classes), "--train-split", "x"], "no split x"),
             (["--weights", "missing.pt"], "no such file: missing.pt"),
             (["--weights", "none", "none"], "two of the names are alike"),
@@ -253,3 +255,46 @@ def test_bad_input_is_one_line(classes, tmp_path):
             (["--batch-size", "0"], "argument --batch-size: 0 is not at least 1")):
         with pytest.raises(SystemExit, match=message):
             main(["--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path), *words])
+
+
+def test_folders_of_classes_and_what_is_wrong_with_them(classes, tmp_path, capsys):
+    shutil.copytree(classes, tmp_path / "data")
+    train = tmp_path / "data" / "train"
+    names = sorted(folder.name for folder in train.iterdir())
+    make_photos(train / ".ipynb_checkpoints", 3)  # no class
+    make_photos(train / names[0] / "deep" / "@eaDir", 2)
+    (train / names[1] / "notes.txt").write_text("")
+    args = parse_args(["--dataset", "folder", "--data", str(tmp_path / "data")])
+    data = read_data(args, "train")
+    assert data.classes == names and "left out: 5 hidden, 1 .txt" in capsys.readouterr().out
+    assert [names[i] for i in data.targets] == [Path(path).parent.name for path in data.images.paths]
+
+    def refused():
+        return refusal(main, ["--dataset", "folder", "--data", tmp_path / "data", "--out", tmp_path])
+
+    make_photos(train, 1)
+    assert f"train of {tmp_path / 'data'}: 0000.jpg is in no class's folder" in refused()
+    (train / "0000.jpg").unlink()
+    (tmp_path / "data" / "val" / names[0]).rename(tmp_path / "data" / "val" / "other")
+    assert f"other classes than in training: {names[0]} other" in refused()
+    for image in train.rglob("*.jpg"):
+        image.unlink()
+    assert "no images below" in refused() and "1 .txt" in refused()
+
+
+def test_annotations_without_a_class_to_learn(classes, tmp_path, capsys):
+    words = ["--dataset", "voc", "--data", tmp_path, "--train-split", "train", "--test-split", "val",
+             *SMALL, "--out", tmp_path / "out"]
+    shutil.copytree(classes, tmp_path, dirs_exist_ok=True)
+    files = [*(tmp_path / "Annotations").glob("*.xml")]
+    for path in files:
+        if "blue" in path.name:  # `difficult` alone: it is judged in neither set
+            path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+    main([str(word) for word in words])
+    said = capsys.readouterr().out
+    assert "training: 60 images; 0 blue, 20 green, 20 red" in said
+    assert "test: 24 images; 0 blue, 8 green, 8 red" in said
+    assert said.count("warning: no training image has a class that counts 0") == 1
+    for path in files:
+        path.write_text("<annotation/>")
+    assert "no classes in train" in refusal(main, words)

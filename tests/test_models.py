@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torchvision
 from conftest import start_processes
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
@@ -182,6 +183,27 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
     save_checkpoint(path, parts)
     with pytest.raises(InputError, match="Missing key.*inner_blocks.0.0.weight"):
         build_detector("resnet18", 3, **SMALL, weights=path)
+
+
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_the_backbone_alone_of_torchvisions_own_detector(tmp_path, capsys, detector):
+    """Its FPN has no batch norm, so it is not that of this detector."""
+    theirs = torchvision.models.detection.fasterrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None).state_dict()
+    path = tmp_path / "fasterrcnn.pth"
+    torch.save(theirs, path)
+    small = dict(SMALL, fpn_channels=256)
+    if detector == "fpn":
+        with pytest.raises(InputError, match="--backbone-only leaves it out") as caught:
+            build_detector("resnet50", 3, detector, **small, weights=path)
+        assert len(str(caught.value)) < 400 and "backbone.fpn.*: " in str(caught.value)
+    model = build_detector("resnet50", 3, detector, **small, weights=path, backbone_only=True)
+    state = model.state_dict()
+    pairs = [(v, state[k.replace(".body", "") if detector == "c4" else k])
+             for k, v in theirs.items() if k.startswith("backbone.body.") and
+             (detector == "fpn" or "layer4" not in k)]
+    assert len(pairs) > 150 and all(torch.equal(a, b) for a, b in pairs)
+    assert "from 'backbone.body.*'" in capsys.readouterr().out
 
 
 def gradients(number, world, path):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import column, coordinates, make_photos
+from PIL import Image
 from torchvision.ops import roi_align
 
 import common
@@ -380,6 +381,51 @@ def test_images_without_proposals_use_the_whole_view(tmp_path):
     (tmp_path / "data" / "new.jpg").write_bytes((tmp_path / "data" / "0000.jpg").read_bytes())
     with pytest.raises(SystemExit, match="error: no proposals for 1 of 17 images, such as new.jpg"):
         soco.main([*words, "--out", str(tmp_path / "other")])
+
+
+def test_proposals_of_an_image_that_was_turned_or_changed_since_are_refused(tmp_path, capsys):
+    def photo(name, size, orientation):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        make_photos(tmp_path / "data", 1, size)
+        path = tmp_path / "data" / "0000.jpg"
+        with Image.open(path) as image:
+            image.load()
+        path.unlink()
+        image.save(tmp_path / "data" / name, exif=exif)
+
+    for i, orientation in enumerate((6, 1, 3)):
+        photo(f"{i}.jpg", (120, 90), orientation)
+    selective_search.main(["--data", str(tmp_path / "data"), "--out", str(tmp_path / "new.npz"),
+                           "--workers", "0", "--strategy", "single", "--size", "96"])
+    assert "2 images turned upright, as their EXIF orientation says" in capsys.readouterr().out
+    new = dict(np.load(tmp_path / "new.npz"))
+    assert new["sizes"].tolist() == [[90, 120], [120, 90], [120, 90]]
+    assert (new["boxes"][:new["offsets"][1]] <= [90, 120, 90, 120]).all()
+
+    def read(name):
+        proposed = soco.Proposed(ImageFolder(tmp_path / "data"),
+                                 selective_search.read_proposals(tmp_path / name))
+        found = []
+        for i in range(3):
+            try:
+                found.append(len(proposed[i][1]))
+            except InputError as error:
+                assert f"the proposals of {i}.jpg are of an image of another" in str(error)
+                found.append("refused")
+        return found
+
+    numbers = np.diff(new["offsets"]).tolist()
+    assert min(numbers) > 0 and read("new.npz") == numbers
+    # of before images were turned: without sizes
+    np.savez(tmp_path / "old.npz", **{k: v for k, v in new.items() if k != "sizes"})
+    assert read("old.npz") == ["refused", numbers[1], "refused"]
+    photo("1.jpg", (60, 45), 1)  # another image, of the same name
+    assert read("new.npz") == [numbers[0], "refused", numbers[2]]
+    assert read("old.npz") == ["refused"] * 3  # its boxes are larger than the image
+    np.savez(tmp_path / "twice.npz", **{**new, "names": ["0.jpg", "1.jpg", "1.jpg"]})
+    with pytest.raises(InputError, match="holds no proposals: a name occurs twice"):
+        read("twice.npz")
 
 
 def test_loading_does_not_depend_on_workers():

@@ -75,6 +75,14 @@ def as_detectron2(state):
     return renamed
 
 
+def as_children(state):
+    """Renamed as torch.nn.Sequential(*resnet.children()) names them, without the last one, fc."""
+    with torch.device("meta"):
+        names = [name for name, _ in torchvision.models.resnet50().named_children()]
+    return {".".join([str(names.index(k.partition(".")[0])), k.partition(".")[2]]): v
+            for k, v in without_fc(state).items()}
+
+
 def in_order(*states):
     return dict(sorted(itertools.chain(*(state.items() for state in states))))
 
@@ -113,6 +121,19 @@ FILES = {
         "backbone.fpn_lateral2.norm.weight": torch.zeros(8),
         **under("backbone.bottom_up.", as_detectron2(q)),
         "roi_heads.mask_head.deconv.conv1.weight": torch.zeros(8)})),
+    "lightly": ("backbone.", lambda q, k: dict(epoch=1, state_dict={
+        **under("backbone.", as_children(q)), **under("backbone_momentum.", as_children(k)),
+        "projection_head.layers.0.weight": torch.zeros(8)})),
+    "lightly, backbone alone": ("", lambda q, k: as_children(q)),
+    "model_state_dict": ("module.", lambda q, k: dict(epoch=3, model_state_dict=under(
+        "module.", q), optimizer_state_dict={"state": {0: {"exp_avg": torch.zeros(8)}}})),
+    "vissl": ("_feature_blocks.", lambda q, k: dict(iteration=1, classy_state_dict={
+        "base_model": {"model": {"heads": {"0.clf.weight": torch.zeros(8)},
+                                 "trunk": under("_feature_blocks.", without_fc(q))}}})),
+    "dino": ("student.module.backbone.", lambda q, k: dict(
+        teacher=under("module.backbone.", without_fc(k)),
+        student=under("module.backbone.", without_fc(q)), epoch=1)),
+    "compiled": ("_orig_mod.net.", lambda q, k: under("_orig_mod.net.", q)),
     "our detector": ("backbone.body.", lambda q, k: dict(method="finetune_fasterrcnn", model={
         **under("backbone.body.", without_fc(q)), "roi_heads.box_head.fc6.weight": torch.zeros(8),
         "backbone.fpn.inner_blocks.0.0.weight": torch.zeros(8)}, args={}, step=3, optimizer={})),
@@ -134,9 +155,11 @@ def test_load_backbone_reads_every_naming(tmp_path, capsys, resnets, name):
     loaded = 265 if "detectron2" in name else 318  # 53 of each of batch norm's 5, and 53 weights
     assert f": {loaded} tensors loaded from '{prefix}*'," in said
     assert ("; not from '" in said) == (name in {"moco", "moco, sorted", "soco", "byol", "swa",
-                                                 "ema, sorted", "openselfsup"})
-    flat = file.get("state_dict", file.get("model", file))
-    flat = flat.get("state_dict", flat)
+                                                 "ema, sorted", "openselfsup", "lightly", "dino"})
+    flat = file
+    for key in ("state_dict", "model", "state_dict", "model_state_dict", "classy_state_dict",
+                "base_model", "model", "trunk", "student"):
+        flat = flat.get(key, flat)
     assert loaded + len(rest) == sum(map(torch.is_tensor, flat.values()))
     assert equal(rest, {k: flat[k] for k in rest})
     if name == "our detector":
@@ -164,7 +187,10 @@ def test_load_backbone_refuses_what_does_not_fit(tmp_path, resnets):
             ({"fc.weight": torch.zeros(2)}, "holds no ResNet"),
             ([1, 2], "holds no ResNet"), (torch.zeros(3), "holds no ResNet"),
             (dict(model={}), "holds no ResNet"), (dict(state_dict=[1]), "holds no ResNet"),
-            (blocks, "holds no ResNet: no conv1.weight and layer1.0.conv1.weight"),
+            (blocks, "holds no ResNet: no conv1.weight and layer1.0.conv1.weight, nor the same "
+             "under other names that are known here, but layer1.0.conv1.weight, .*, [.]{3}$"),
+            (dict(state_dict={"embedder.convolution.weight": torch.zeros(2)}, epoch=3),
+             "but state_dict.embedder.convolution.weight$"),
             ({k: v for k, v in other.items() if "stem" not in k}, "holds no ResNet"),
             (under("module.", resnets[0]),
              r"module.layer1.0.conv1.weight is \(64, 64, 1, 1\), not \(64, 64, 3, 3\)"),
@@ -183,7 +209,9 @@ def test_load_backbone_refuses_what_does_not_fit(tmp_path, resnets):
             ({**state, "bn1.bias": -torch.arange(64) / 0}, "bn1.bias holds NaN or infinity"),
             ({**state, "fpn.bias": torch.tensor([torch.inf])}, "fpn.bias holds NaN or infinity"),
             ({**state, "bn1.weight": [1.0]}, "bn1.weight is no tensor"),
-            ({**state, "bn1.weight": None}, "bn1.weight is no tensor")]:
+            ({**state, "bn1.weight": None}, "bn1.weight is no tensor"),
+            ({**state, "conv1.weight": state["conv1.weight"].to(torch.int8)},
+             "conv1.weight holds torch.int8, not floats")]:
         torch.save(file, path)
         with pytest.raises(InputError, match=message) as caught:
             load_backbone(stages, path)

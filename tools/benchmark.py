@@ -57,7 +57,7 @@ import moco_v2  # noqa: E402
 import plumbing.run  # noqa: E402
 import soco  # noqa: E402
 import vicreg  # noqa: E402
-from common import info_nce  # noqa: E402
+from common import InputError, info_nce  # noqa: E402
 from detection.data import read_voc  # noqa: E402
 from detection.models import build_detector  # noqa: E402
 from plumbing.images import ImageFolder, random_resized_crop, read_image  # noqa: E402
@@ -449,7 +449,10 @@ def main():
     parser.add_argument("--split", default="test", help="recall: of the folder")
     parser.add_argument("--strategy", choices=[*STRATEGIES], default="fast", help="recall")
     args = parser.parse_args()
-    commands[args.what](args)
+    try:
+        commands[args.what](args)
+    except InputError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
