@@ -32,7 +32,8 @@ from torchvision.transforms.v2.functional import center_crop, normalize, resize
 from common import InputError, all_reduce_sum, rank, world_size
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
 from plumbing.figures import PALETTE
-from plumbing.images import COPIES, ImageFiles, ImageFolder, leave_signals_to_trainer, seed_for
+from plumbing.files import COPIES, ImageFiles, ImageFolder
+from plumbing.images import leave_signals_to_trainer, seed_for
 from plumbing.run import (Parser, add_backbone_arguments, distribute, gather_objects, launch, real,
                           whole)
 from plumbing.weights import LEVELS, load_backbones

@@ -104,7 +104,7 @@ class Scenes(torch.utils.data.Dataset):
         return self.labelled(i)[0]
 
     def numbered(self, i):
-        """As ``plumbing.images.ImageFiles.numbered``, but no other image takes a scene's place."""
+        """As ``plumbing.files.ImageFiles.numbered``, but no other image takes a scene's place."""
         return i, self[i]
 
     def labelled(self, i):

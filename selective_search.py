@@ -43,7 +43,8 @@ from PIL import Image, ImageCms
 from torchvision.transforms.v2.functional import resize
 
 from common import InputError
-from plumbing.images import ImageFiles, ImageFolder, map_numbers
+from plumbing.files import ImageFiles, ImageFolder
+from plumbing.images import map_numbers
 from plumbing.run import Parser, launch, whole
 
 # Differs: two of the paper's strategies

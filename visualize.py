@@ -34,7 +34,8 @@ from detection.models import (Pyramid, detect, detector_from_args, draw_detectio
                               load_fine_tuned, load_part, restore)
 from plumbing.figures import (draw_curves, image_grid, mark_places, outline, read_log,
                               shared_columns, show)
-from plumbing.images import ImageFolder, augment_colour, two_views
+from plumbing.files import ImageFolder
+from plumbing.images import augment_colour, two_views
 from plumbing.run import Parser, add_backbone_arguments, launch, whole
 from plumbing.weights import LEVELS, load_backbones, load_checkpoint, name_weights
 from selective_search import propose

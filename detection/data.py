@@ -22,7 +22,8 @@ from torchvision.transforms.v2.functional import horizontal_flip_bounding_boxes
 from torchvision.tv_tensors import BoundingBoxFormat
 
 from common import InputError, rank, world_size
-from plumbing.images import EXTENSIONS, ImageFiles, list_images, map_numbers, read_size
+from plumbing.files import EXTENSIONS, ImageFiles, list_images, read_size
+from plumbing.images import map_numbers
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse "
                "motorbike person pottedplant sheep sofa train tvmonitor").split()
@@ -276,7 +277,8 @@ def read_splits(dataset, root, splits, classes=None):
     files = [file for part in parts for file in part[1]]
     classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
     if not files or not classes:
-        raise InputError(f"no {'classes' if files else 'images'} in {' '.join(splits)} of {root}")
+        raise InputError(f"no {'classes' if files else 'images'} in {' '.join(splits)} of {root}"
+                         + (f": {len(files)} images, 0 boxes" if files else ""))
     _only_once(" ".join(splits), [file.path for file in files], "annotations are of")
     for split, (_, part) in zip(splits, parts):
         ends = [max(x2, y2) for file in part for _, (x1, y1, x2, y2), *_ in file.objects
@@ -288,8 +290,8 @@ def read_splits(dataset, root, splits, classes=None):
     for file in files:
         for thing in file.objects:
             if thing.name not in classes:
-                raise InputError(f"{file.source}: unknown class {thing.name!r}, not one of --classes "
-                                 f"{' '.join(classes)}")
+                raise InputError(f"{file.source}: unknown class {thing.name!r}, not one of "
+                                 f"--classes {' '.join(classes)}")
     return classes, files
 
 
@@ -392,8 +394,9 @@ class Annotated(ImageFiles):
                     odd["outside"].append(file.source)
                 if clipped[2] < size[0] / 2 and clipped[3] < size[1] / 2:
                     odd["corner"].append(file.source)
+                # wider than far from the left and so on: so are all x y x2 y2, read as x y w h
                 if dataset == "coco" and box[2] > 2 * box[0] and box[3] > 2 * box[1]:
-                    odd["long"].append(file.source)
+                    odd["far"].append(file.source)
                 # Paper silent: VOC's `difficult` objects train, as in detectron2; COCO's crowds do
                 # not.  In the test COCO's rule takes `difficult` objects for crowds, within which
                 # no detection is wrong; VOC07's rule is stricter.
@@ -418,14 +421,16 @@ class Annotated(ImageFiles):
             (crowds, self.ignored), (number["flat"], "without area")) if n)
         counts = f"{boxes} boxes" + (f": {counts}" if counts else "")
         wrong = None
-        if number["reversed"] > max(2, boxes / 20) or number["flat"] > max(10, boxes / 2):
-            wrong = f"such as in {odd['flat'][0]}: do xmax and ymax hold width and height?"
-        elif number["long"] == len(self.rows) >= 10 and number["outside"] > boxes / 10:
+        if number["reversed"] > max(2, boxes / 20):
+            wrong = f"such as in {odd['reversed'][0]}: do xmax and ymax hold width and height?"
+        elif number["flat"] > max(10, boxes / 2):
+            wrong = f"such as in {odd['flat'][0]}"
+        elif number["far"] == len(self.rows) >= 10 and number["outside"] > boxes / 10:
             wrong = (f"{number['outside']} reach outside their image, such as in "
                      f"{odd['outside'][0]}: do width and height hold the far corner?")
         elif number["resized"] > max(10, len(self) / 2):
-            wrong = (f"{number['resized']} files declare another size than their image has, such as "
-                     f"{odd['resized'][0]}: if the boxes are right, delete their <size>")
+            wrong = (f"{number['resized']} files declare another size than their image has, such "
+                     f"as {odd['resized'][0]}: if the boxes are right, delete their <size>")
         elif crowds == len(self.rows):
             wrong = "no box is left to " + ("train on" if self.training else "be found")
         if wrong:
@@ -433,7 +438,8 @@ class Annotated(ImageFiles):
 
         empty = sum(start == end for start, end in zip(self.ends, self.ends[1:]))
         kept = self.rows[self.rows[:, 6] == 0, 5].long().bincount(minlength=len(self.classes))
-        lines = [f"{len(self)} images, {empty} of them without a box; {counts}",
+        lines = [f"{len(self)} images" + (f", {empty} of them without a box" if empty else "")
+                 + f"; {counts}",
                  "boxes " + ", ".join(f"{n} {c}" for n, c in zip(kept.tolist(), self.classes))]
         lines += [f"{number[what]} {text}, such as in {os.path.basename(odd[what][0])}"
                   for what, text in (
@@ -447,8 +453,8 @@ class Annotated(ImageFiles):
             missing = [c for n, c in zip(kept.tolist(), self.classes) if not n]
             lines.append(f"warning: no box of {', '.join(missing)} to train on")
         if number["corner"] > 0.95 * len(self.rows) and len(self.rows) >= 10:
-            lines.append(f"warning: {number['corner']} boxes lie in the upper left quarter of their "
-                         "images: are they in percent, or of smaller images?")
+            lines.append(f"warning: {number['corner']} boxes lie in the upper left quarter of "
+                         "their images: are they in percent, or of smaller images?")
         for line in lines if rank() == 0 else ():
             print(f"{splits}: {line}", flush=True)
 
@@ -468,8 +474,8 @@ class Annotated(ImageFiles):
         if i != index and not self.training:
             raise InputError(f"cannot decode {self.paths[index]}: {self.reason(index)}")
         if self.sizes[i] not in (image.shape[:0:-1], (math.inf, math.inf)):
-            raise InputError(f"{self.paths[i]} is no longer {self.sizes[i][0]} x {self.sizes[i][1]} "
-                             "pixels: start again")
+            raise InputError(f"{self.paths[i]} has no longer the {self.sizes[i][0]} x "
+                             f"{self.sizes[i][1]} pixels that it had at the start")
         rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
         return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
                            ignore=rows[:, 6].bool())

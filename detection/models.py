@@ -76,7 +76,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
     backbone_only, an FPN and a box head that it holds under this detector's names are loaded too.
     box_head, of the FPN: "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or
-    None: as in weights, or else torchvision's two linear layers.  mean, std: of red, green and blue in 0..1.
+    None: as in weights, or else torchvision's two linear layers.  mean, std: of red, green and blue
+    in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
     Raises InputError: C4 of another backbone than a ResNet, weights that do not fit.

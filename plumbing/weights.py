@@ -120,7 +120,8 @@ def load_backbone(stages, path):
 
     Reads torchvision's names (also those of our files, Barlow Twins', VICReg's and OpenSelfSup's)
     and, for a ResNet, detectron2's and lightly's, under any prefix (MoCo: module.encoder_q., SoCo:
-    module.encoder.), in dicts within dicts (VISSL).  Of several backbones it takes the trained one, not an average of it.
+    module.encoder.) and in dicts within dicts (VISSL).  Of several backbones it takes the trained
+    one, not an average of it.
     Returns the file's other tensors by name.  Raises InputError, and loads nothing, if a tensor is
     missing, not finite or of another shape: half of a backbone looks like a bad method.
     """

@@ -211,7 +211,8 @@ def make_run(tmp_path, *more):
 def test_images_too_thin_for_the_detector_are_named(tmp_path):
     folder, words = make_run(tmp_path)
     for name in ("0001", "0005"):  # of training, of the test
-        for size, thin in (((1000, 5), True), ((1, 100), True), ((161, 2), True), ((150, 2), False)):
+        for size, thin in (((1000, 5), True), ((1, 100), True), ((161, 2), True),
+                           ((150, 2), False)):
             path = folder / "JPEGImages" / f"{name}.jpg"
             Image.new("RGB", size).save(path)
             (folder / "Annotations" / f"{name}.xml").write_text(
@@ -237,5 +238,6 @@ def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "step 4/4" in said and "AP by class:  dog" in said
     assert "warning: 1 of 3 test images are training images too, such as" in said
-    for line in ("train: 4 images; 4 boxes\n", "train: boxes 4 dog\n", "test: 3 images; 3 boxes\n"):
+    for line in ("train: 4 images; 4 boxes\n", "train: boxes 4 dog\n",
+                 "test: 3 images; 3 boxes\n"):
         assert said.count(line) == 1

@@ -14,7 +14,7 @@ from PIL import Image
 from common import InputError, resnet_stages
 from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,
                           read_data, softmax_scores, svm_objective, svm_scores)
-from plumbing.images import ImageFiles
+from plumbing.files import ImageFiles
 from plumbing.weights import LEVELS, save_tensors
 
 
@@ -267,10 +267,11 @@ def test_folders_of_classes_and_what_is_wrong_with_them(classes, tmp_path, capsy
     args = parse_args(["--dataset", "folder", "--data", str(tmp_path / "data")])
     data = read_data(args, "train")
     assert data.classes == names and "left out: 5 hidden, 1 .txt" in capsys.readouterr().out
-    assert [names[i] for i in data.targets] == [Path(path).parent.name for path in data.images.paths]
+    assert [names[i] for i in data.targets] == [Path(p).parent.name for p in data.images.paths]
 
     def refused():
-        return refusal(main, ["--dataset", "folder", "--data", tmp_path / "data", "--out", tmp_path])
+        return refusal(main, ["--dataset", "folder", "--data", tmp_path / "data", "--out",
+                              tmp_path])
 
     make_photos(train, 1)
     assert f"train of {tmp_path / 'data'}: 0000.jpg is in no class's folder" in refused()
@@ -283,13 +284,14 @@ def test_folders_of_classes_and_what_is_wrong_with_them(classes, tmp_path, capsy
 
 
 def test_annotations_without_a_class_to_learn(classes, tmp_path, capsys):
-    words = ["--dataset", "voc", "--data", tmp_path, "--train-split", "train", "--test-split", "val",
-             *SMALL, "--out", tmp_path / "out"]
+    words = ["--dataset", "voc", "--data", tmp_path, "--train-split", "train", "--test-split",
+             "val", *SMALL, "--out", tmp_path / "out"]
     shutil.copytree(classes, tmp_path, dirs_exist_ok=True)
     files = [*(tmp_path / "Annotations").glob("*.xml")]
     for path in files:
         if "blue" in path.name:  # `difficult` alone: it is judged in neither set
-            path.write_text(path.read_text().replace("<bndbox>", "<difficult>1</difficult><bndbox>"))
+            difficult = "<difficult>1</difficult><bndbox>"
+            path.write_text(path.read_text().replace("<bndbox>", difficult))
     main([str(word) for word in words])
     said = capsys.readouterr().out
     assert "training: 60 images; 0 blue, 20 green, 20 red" in said

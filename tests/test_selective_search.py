@@ -8,7 +8,7 @@ from conftest import make_photos, run
 
 import selective_search as ss
 from common import InputError
-from plumbing.images import ImageFolder
+from plumbing.files import ImageFolder
 from scenes import Scenes
 
 

@@ -14,7 +14,8 @@ import selective_search
 import soco
 from common import InputError, box_into_view
 from detection.models import build_detector
-from plumbing.images import ImageFolder, load_batches
+from plumbing.files import ImageFolder
+from plumbing.images import load_batches
 from plumbing.weights import load_checkpoint
 from scenes import Scenes
 

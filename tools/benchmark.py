@@ -60,7 +60,8 @@ import vicreg  # noqa: E402
 from common import InputError, info_nce  # noqa: E402
 from detection.data import read_voc  # noqa: E402
 from detection.models import build_detector  # noqa: E402
-from plumbing.images import ImageFolder, random_resized_crop, read_image  # noqa: E402
+from plumbing.files import ImageFolder, read_image  # noqa: E402
+from plumbing.images import random_resized_crop  # noqa: E402
 from selective_search import STRATEGIES, keep_object_like, propose  # noqa: E402
 
 SIZE = (500, 375)

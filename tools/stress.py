@@ -33,7 +33,8 @@ from conftest import (BARLOW, DETCO, DETECTOR, DUPR, MOCO, SOCO, VICREG,  # noqa
 from test_faults import (HANDING_OVER, NUMBERS, assert_ends_with, loaders,  # noqa: E402
                          start_numbers)
 
-from plumbing.images import ImageFolder, load_batches  # noqa: E402
+from plumbing.files import ImageFolder  # noqa: E402
+from plumbing.images import load_batches  # noqa: E402
 from plumbing.weights import load_checkpoint  # noqa: E402
 
 RUNS = {words[0].removesuffix(".py"): [*words, "--workers", "1"]
