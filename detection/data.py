@@ -66,11 +66,11 @@ class AnnotatedFile(NamedTuple):
     objects: list  # of Object
 
 
-def _only_once(source, values, what):
-    """Raises InputError, about ``source``, if a value occurs twice."""
+def _only_once(values, what):
+    """Raises InputError, ``what`` and the value, if one of the values occurs twice."""
     for value, number in Counter(values).most_common(1):
         if number > 1:
-            raise InputError(f"{source}: two {what} {value!r}")
+            raise InputError(f"{what} {value!r}")
 
 
 def _flag(value):
@@ -106,7 +106,7 @@ def read_voc(root, split):
     except OSError:
         raise InputError(f"no split {split}: no ImageSets/Main/{name}.txt in {folder} (VOC's own "
                          "are YEAR/NAME, 2007/trainval; those of your folder NAME)") from None
-    _only_once(path, names, "lines are")
+    _only_once(names, f"{path}: two lines are")
     images, files, others = {}, [], []
     for image in list_images(pictures)[0]:
         images.setdefault(os.path.splitext(image[len(pictures) + 1:])[0], []).append(image)
@@ -206,7 +206,7 @@ def read_coco(root, split):
         annotations = content["annotations"]
         for entries, what in ((images, "images"), (categories, "categories"),
                               (annotations, "annotations")):
-            _only_once(path, [e["id"] for e in entries if "id" in e], f"{what} have the id")
+            _only_once([e["id"] for e in entries if "id" in e], f"two {what} have the id")
         for entry in images:
             name = entry["file_name"].replace("\\", "/")
             files[entry["id"]] = AnnotatedFile(
@@ -239,8 +239,8 @@ def read_coco(root, split):
         why = f"no {error}" if isinstance(error, KeyError) else str(error)
         raise InputError(f"{path} is not a COCO instances file: {why}" + (
             f" in {json.dumps(entry)[:200]}" if entry else "")) from None
-    _only_once(path, [file.path for file in files.values()], "images are")
-    _only_once(path, classes, "categories have the name")
+    _only_once([file.path for file in files.values()], f"{path}: two images are")
+    _only_once(classes, f"{path}: two categories have the name")
     return classes, [*files.values()]
 
 
@@ -279,7 +279,7 @@ def read_splits(dataset, root, splits, classes=None):
     if not files or not classes:
         raise InputError(f"no {'classes' if files else 'images'} in {' '.join(splits)} of {root}"
                          + (f": {len(files)} images, 0 boxes" if files else ""))
-    _only_once(" ".join(splits), [file.path for file in files], "annotations are of")
+    _only_once([file.path for file in files], f"{' '.join(splits)}: two annotations are of")
     for split, (_, part) in zip(splits, parts):
         ends = [max(x2, y2) for file in part for _, (x1, y1, x2, y2), *_ in file.objects
                 if x2 > x1 and y2 > y1]

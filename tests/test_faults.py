@@ -314,7 +314,8 @@ def test_turned_and_nearly_black_photos_are_counted_once_by_two_processes(tmp_pa
             image.save(tmp_path / "data" / f"{i:04}.jpg", exif=exif)
     Image.fromarray(np.full((60, 80), 4000, np.uint16)).save(tmp_path / "data" / "x-ray.png")
     words = [*MOCO, "--arch", "resnet18", "--crop-scale", "0.4", "--epochs", 2, "--batch-size", 40,
-             "--queue-size", 40, "--workers", 1, "--data", tmp_path / "data", "--out", tmp_path / "o"]
+             "--queue-size", 40, "--workers", 1, "--data", tmp_path / "data", "--out",
+             tmp_path / "o"]
     assert ended(fork(*words, log=tmp_path / "log.txt", processes=2)) == [0, 0]
     said = (tmp_path / "log.txt").read_text()
     # an epoch of 40 leaves out one of the 41, another one each time
