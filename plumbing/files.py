@@ -190,8 +190,8 @@ class ImageFiles(Dataset):
                 f"multiply the values of such images ({len(narrow)} so far) by {2 ** (16 - bits)} "
                 "and save them again")
         if len(broken) > tolerated * len(self):
-            share = f": over {tolerated:.0%}" if tolerated else ""
-            raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{share}")
+            more = f": over {tolerated:.0%}" if tolerated else f": {self.paths[broken[0]]}"
+            raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{more}")
         return len(broken)
 
     def _first(self, what):

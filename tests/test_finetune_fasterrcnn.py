@@ -230,7 +230,7 @@ def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys)
     path = folder / "JPEGImages" / "0004.jpg"
     photo = path.read_bytes()
     path.write_bytes(photo[:-20])
-    assert refusal(ft.main, words) == "error: 1 of 3 images cannot be decoded"
+    assert refusal(ft.main, words) == f"error: 1 of 3 images cannot be decoded: {path}"
     said = capsys.readouterr().out
     assert f"cannot decode '{path}' (image file is truncated" in said and "step" not in said
     path.write_bytes(photo)
