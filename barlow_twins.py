@@ -41,8 +41,9 @@ from torchvision.ops import MLP
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
 from plumbing.images import augment_colour, measure_normalisation, open_images, two_views
-from plumbing.run import (Parser, Run, add_normalisation_arguments, add_run_arguments, distribute,
-                          launch, mixed_precision, real, whole)
+from plumbing.run import (Parser, Run, add_data_arguments, add_normalisation_arguments,
+                          add_run_arguments, distribute, fit_recipe, launch, mixed_precision,
+                          parse_recipe, real, whole)
 
 # Differs: the learning rate of weights follows the batch size, as the authors advise for 300 epochs
 # (github.com/facebookresearch/barlowtwins/issues/7); batch size -> rate per 256 images
@@ -104,6 +105,7 @@ class BarlowTwins(nn.Module):
 def train(args, device):
     """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
     images = open_images(args.data, args.scenes)
+    fit_recipe(args, len(images))
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
     if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
@@ -164,7 +166,7 @@ def train(args, device):
 def parse_args(argv=None):
     """The report's recipe by default; without --data, a small one for the built-in scenes."""
     parser = Parser(description="Pre-train a backbone with Barlow Twins.")
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add_data_arguments(parser)
     add = parser.add_argument_group("recipe (section of the paper)").add_argument
     add("--arch", default="resnet50", help="torchvision's name of a ResNet or Swin Transformer")
     # Differs: 150 epochs and crops of at least 40%, as in the report; the paper's are 1000 and 8%
@@ -182,13 +184,11 @@ def parse_args(argv=None):
     add_normalisation_arguments(add)
     add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
     add("--lambd", type=real(0), default=0.0051, help="lambda (the authors' code)")
-    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
     add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
     add_run_arguments(parser, out="runs/barlow_twins")
-    if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=64, epochs=5, batch_size=128, lr=4.0,
-                            warmup=1, p_blur=[0.0, 0.0], dim=128, lambd=0.1)
-    return parser.parse_args(argv)
+    return parse_recipe(
+        parser, argv, small=dict(image_size=64, lr=2.0, p_blur=[0.0, 0.0], dim=128, lambd=0.1),
+        scenes=dict(epochs=5, batch_size=128, lr=4.0))
 
 
 def main(argv=None):

@@ -52,8 +52,9 @@ from torchvision.transforms import RandAugment
 from common import (Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
                     cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
 from plumbing.images import augment_colour, open_images, random_resized_crop, two_views
-from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
-                          mixed_precision, real, whole)
+from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, check_queue,
+                          distribute, fit_recipe, launch, mixed_precision, parse_recipe, real,
+                          whole)
 
 
 class LocalView(NamedTuple):
@@ -182,6 +183,7 @@ class DetCo(nn.Module):
 def train(args, device):
     """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
     images = open_images(args.data, args.scenes)
+    fit_recipe(args, len(images))
     levels = sum(weight > 0 for weight in args.weights)
     check_queue(args.queue_size, args.batch_size * (levels if args.share_queue else 1),
                 args.momentum, len(images))
@@ -233,7 +235,7 @@ def train(args, device):
 def parse_args(argv=None):
     """The paper's recipe by default; without --data, a small one for the built-in scenes."""
     parser = Parser(description="Pre-train a ResNet with DetCo.")
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add_data_arguments(parser)
     add = parser.add_argument_group("recipe (section or table of DetCo)").add_argument
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.3)")
@@ -258,13 +260,11 @@ def parse_args(argv=None):
     add("--tau", type=real(1e-3), default=0.2, help="temperature (MoCo v2, Sec. 3)")
     add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
-    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/detco")
-    if parser.parse_known_args(argv)[0].data is None:  # 5 minutes on two CPU cores
-        parser.set_defaults(arch="resnet18", image_size=48, local_size=60, patch_size=16, epochs=5,
-                            batch_size=64, queue_size=256, momentum=0.99, bn_groups=4,
-                            crop_scale=0.4, p_blur=0.0)
-    args = parser.parse_args(argv)
+    args = parse_recipe(
+        parser, argv,
+        small=dict(image_size=64, local_size=96, patch_size=24, crop_scale=0.4, p_blur=0.0),
+        scenes=dict(image_size=48, local_size=60, patch_size=16, epochs=5))  # 5 minutes, two cores
     if not any(args.weights):
         parser.error("--weights: one must be more than 0")
     if not args.no_local and args.patch_size > args.local_size // 3:

@@ -52,8 +52,9 @@ from common import (InputError, Queue, SplitBatchNorm, all_gather, batch_norm_gr
                     contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
                     momentum_update, rank, resnet_stages, world_size)
 from plumbing.images import augment_colour, open_images, two_views
-from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
-                          mixed_precision, real, whole)
+from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, check_queue,
+                          distribute, fit_recipe, launch, mixed_precision, parse_recipe, real,
+                          whole)
 
 
 class ColourAugment(RandAugment):
@@ -237,10 +238,11 @@ class DUPR(nn.Module):
 
 def train(args, device):
     """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    images = open_images(args.data, args.scenes)
+    fit_recipe(args, len(images))
     if args.patch_keys % world_size():
         raise InputError(f"{args.patch_keys} patch keys do not divide over {world_size()} "
                          "processes")
-    images = open_images(args.data, args.scenes)
     check_queue(args.queue_size, max(args.batch_size, args.patch_keys if any(args.beta) else 0),
                 args.momentum, len(images))
     groups = batch_norm_groups(args.bn_groups, args.batch_size)  # as in moco_v2.py
@@ -285,7 +287,7 @@ def train(args, device):
 def parse_args(argv=None):
     """The recipe of the paper's ablations by default; without --data, a small one for scenes."""
     parser = Parser(description="Pre-train a ResNet with DUPR.")
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add_data_arguments(parser)
     add = parser.add_argument_group("recipe (section or table of DUPR)").add_argument
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.2.3)")
@@ -310,18 +312,14 @@ def parse_args(argv=None):
         help="temperature (default 0.2; with --rand-augment 0.15; Sec. 3.2.3)")
     add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
-    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/dupr")
-    known = parser.parse_known_args(argv)[0]
     # Differs: views and tau are those of the ablations, unless --rand-augment asks for the main
     # experiments'
-    if known.rand_augment:
+    if parser.parse_known_args(argv)[0].rand_augment:
         parser.set_defaults(tau=0.15)
-    if known.data is None:  # 4 minutes on two CPU cores
-        parser.set_defaults(arch="resnet18", image_size=64, roi_size=[4, 4, 4, 2], epochs=5,
-                            batch_size=64, queue_size=256, momentum=0.99, bn_groups=4,
-                            crop_scale=0.4, p_blur=0.0)
-    args = parser.parse_args(argv)
+    args = parse_recipe(
+        parser, argv, small=dict(image_size=96, roi_size=[6, 6, 6, 3], crop_scale=0.4, p_blur=0.0),
+        scenes=dict(image_size=64, roi_size=[4, 4, 4, 2], epochs=5))  # 4 minutes on two CPU cores
     if not any(args.alpha + args.beta):
         parser.error("--alpha, --beta: one weight must be more than 0")
     return args

@@ -54,6 +54,16 @@ RECIPES = {
                    max_size=96, fpn_channels=64, anchor_size=8, rois=64,
                    iterations=400, drops=[300, 360], warmup=40),  # small enough for two CPU cores
 }
+# What --small sets, on photos; the iterations by their number, in fit_iterations
+SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[128], max_size=192,
+             fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40)
+
+
+def fit_iterations(args, images):
+    """With --small: so many iterations that each of the images is seen 2.4 times, but at least 300
+    and at most 3,000, unless --iterations says it."""
+    if args.small and args.iterations is None:
+        args.iterations = min(3000, max(300, round(2.4 * images / args.batch_size)))
 
 
 def evaluate(model, dataset, args, device, run):
@@ -183,6 +193,7 @@ def train(args, device):
     if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     per_epoch = steps_per_epoch(train_set, args.batch_size)
+    fit_iterations(args, len(train_set))
     args.iterations, args.drops, factor = iterations_and_drops(args, per_epoch)
     optimizer = make_optimizer(model, args)
     run = Run(args, "finetune_fasterrcnn", train_set, steps=args.iterations, model=model,
@@ -239,6 +250,8 @@ def add_arguments(parser):
     add("--box-head", choices=["4conv1fc"], help="SoCo's, of the FPN (default: as in --weights, "
         "or else two linear layers)")
     add = parser.add_argument_group("recipe").add_argument
+    add("--small", action="store_true", help="a recipe for few photos, on a CPU or a small GPU, in "
+        "place of the papers'")
     add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: lr 1e-4 (the report)")
     add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
         "epochs, half the lr after 20 (default with adam)")
@@ -257,8 +270,10 @@ def parse_args(argv=None):
     parser = Parser(description="Fine-tune Faster R-CNN and measure its AP.")
     add_arguments(parser)
     known = parser.parse_known_args(argv)[0]
-    recipe = dict(RECIPES[known.dataset])
-    recipe["schedule"] = known.schedule or ("report" if known.optimizer == "adam" else "1x")
+    small = known.small and known.dataset != "scenes"  # whose recipe is small
+    recipe = {**RECIPES[known.dataset], **(SMALL if small else {})}
+    recipe["schedule"] = known.schedule or (
+        "report" if known.optimizer == "adam" and not small else "1x")
     if (known.dataset, known.detector) == ("scenes", "c4"):  # Res5 runs on every RoI
         recipe.update(rois=16, min_size=[192], max_size=192)
     if known.optimizer == "adam":
@@ -267,15 +282,17 @@ def parse_args(argv=None):
         recipe.update(lr=1e-4, warmup=0, weight_decay=0.0)
     if recipe["schedule"] == "report":
         recipe["iterations"] = None  # 40 epochs, when the number of images is known
-    elif recipe["schedule"] == "2x":
+    elif recipe["schedule"] == "2x" and not small:
         recipe["iterations"] *= 2
-    if known.fraction < 1 and known.dataset != "scenes":
+    if known.fraction < 1 and known.dataset != "scenes" and not small:
         recipe["iterations"] = 12000
     parser.set_defaults(**recipe)
     if known.eval_only:
         parser.set_defaults(**{**load_fine_tuned(known.eval_only)["args"], "weights": "none",
                                "out": os.path.join(os.path.dirname(known.eval_only), "eval")})
     args = parser.parse_args(argv)
+    if small and args.schedule != "1x":
+        parser.error("--small sets the number of --iterations, so that no --schedule applies")
     if args.detector == "c4" and args.box_head:
         parser.error("--box-head is of the fpn detector; c4's is Res5")
     if args.dataset != "scenes" and args.data is None:

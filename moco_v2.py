@@ -38,8 +38,9 @@ from torchvision.ops import MLP
 from common import (Queue, SplitBatchNorm, batch_norm_groups, contrast_statistics,
                     cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
 from plumbing.images import augment_colour, open_images, two_views
-from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, launch,
-                          mixed_precision, real, whole)
+from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, check_queue,
+                          distribute, fit_recipe, launch, mixed_precision, parse_recipe, real,
+                          whole)
 
 
 class Encoder(nn.Module):
@@ -81,6 +82,7 @@ class MoCo(nn.Module):
 def train(args, device):
     """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
     images = open_images(args.data, args.scenes)
+    fit_recipe(args, len(images))
     check_queue(args.queue_size, args.batch_size, args.momentum, len(images))
     # Paper silent: on fewer than 8 GPUs batch norm still sees groups of batch / 8 images.  With one
     # group a single process would have nothing to shuffle between, and could match two views by the
@@ -125,7 +127,7 @@ def train(args, device):
 def parse_args(argv=None):
     """The paper's recipe by default; without --data, a small one for the built-in scenes."""
     parser = Parser(description="Pre-train a ResNet with MoCo v2.")
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add_data_arguments(parser)
     add = parser.add_argument_group("recipe (section of MoCo v2, or of MoCo)").add_argument
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
     add("--epochs", type=whole(1), default=200, help="passes over the images (MoCo v2, Table 1)")
@@ -141,13 +143,10 @@ def parse_args(argv=None):
     add("--tau", type=real(1e-3), default=0.2, help="temperature (MoCo v2, Sec. 3)")
     add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
-    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/moco_v2")
-    if parser.parse_known_args(argv)[0].data is None:  # 3 minutes on two CPU cores
-        parser.set_defaults(arch="resnet18", image_size=48, epochs=7, batch_size=64, lr=0.06,
-                            queue_size=256, momentum=0.99, bn_groups=4, crop_scale=0.4,
-                            p_blur=0.0)
-    return parser.parse_args(argv)
+    return parse_recipe(
+        parser, argv, small=dict(image_size=64, lr=0.06, crop_scale=0.4, p_blur=0.0),
+        scenes=dict(image_size=48, epochs=7))  # 3 minutes on two CPU cores
 
 
 def main(argv=None):

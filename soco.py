@@ -57,8 +57,8 @@ from torchvision.transforms.v2.functional import resize
 from common import (LARS, InputError, View, box_into_view, cosine_schedule, momentum_update, rank,
                     resnet_stages, world_size)
 from plumbing.images import augment_colour, open_images, random_resized_crop
-from plumbing.run import (Parser, Run, add_run_arguments, distribute, launch, mixed_precision, real,
-                          whole)
+from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, distribute,
+                          fit_recipe, launch, mixed_precision, parse_recipe, real, whole)
 from plumbing.weights import save_tensors
 from selective_search import read_proposals, search
 
@@ -263,6 +263,7 @@ class SoCo(nn.Module):
 def train(args, device):
     """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
     images = open_images(args.data, args.scenes)
+    fit_recipe(args, len(images))
     if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
         raise InputError(f"batch size {args.batch_size}: batch norm needs two images per process")
     torch.manual_seed(args.seed)
@@ -318,7 +319,7 @@ def parse_args(argv=None):
     """The recipe of the authors' public configuration by default; without --data, a small one for
     the built-in scenes."""
     parser = Parser(description="Pre-train a detector's ResNet, FPN and box head with SoCo.")
-    parser.add_argument("--data", help="folder of images, any layout (default: built-in scenes)")
+    add_data_arguments(parser)
     add = parser.add_argument_group("recipe (table of the paper)").add_argument
     # Differs: auto is selective_search.py's single strategy at 224 pixels; the authors' was one
     # segmentation too, k = 300, sigma 0.9, regions of 100 pixels, at full size
@@ -343,12 +344,10 @@ def parse_args(argv=None):
     add("--dim", type=whole(1), default=256, help="D")
     add("--momentum", type=real(0, 1), default=0.99,
         help="m at the start, 1 at the end (Table 5 d)")
-    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
     add_run_arguments(parser, out="runs/soco")
-    if parser.parse_known_args(argv)[0].data is None:
-        parser.set_defaults(arch="resnet18", image_size=64, small_size=32, epochs=3, batch_size=64,
-                            warmup=1, p_blur=[0.0, 0.0], fpn_channels=64, hidden=512, dim=128)
-    return parser.parse_args(argv)
+    return parse_recipe(
+        parser, argv, small=dict(image_size=64, small_size=32, p_blur=[0.0, 0.0], fpn_channels=64,
+                                 hidden=512, dim=128), scenes=dict(epochs=3))
 
 
 def main(argv=None):

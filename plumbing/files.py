@@ -170,7 +170,7 @@ class ImageFiles(Dataset):
         say: prints a line; consequence: what becomes of such an image; complete: whether all images
         have been read, so that it is known how many were turned upright, which is then said once.
         All processes call it.  Raises InputError if more than the share ``tolerated`` of the images
-        are broken.  Returns how many are.
+        are broken, and at least three (with tolerated=0, any).  Returns how many are.
         """
         flags = self.flags.to(torch.uint8)
         if world_size() > 1:
@@ -189,7 +189,7 @@ class ImageFiles(Dataset):
             say(f"warning: {path} uses {bits} of its 16 bits, so it is read as nearly black: "
                 f"multiply the values of such images ({len(narrow)} so far) by {2 ** (16 - bits)} "
                 "and save them again")
-        if len(broken) > tolerated * len(self):
+        if len(broken) > max(2 * bool(tolerated), tolerated * len(self)):
             more = f": over {tolerated:.0%}" if tolerated else f": {self.paths[broken[0]]}"
             raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{more}")
         return len(broken)

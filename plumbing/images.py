@@ -89,7 +89,8 @@ def steps_per_epoch(data, batch_size):
     if batch_size % world_size():
         raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
     if len(data) < batch_size:
-        raise InputError(f"batch size {batch_size} is more than all {len(data)} images")
+        raise InputError(f"batch size {batch_size} is more than all {len(data)} images: --small "
+                         "sets a recipe for few images")
     return len(data) // batch_size
 
 

@@ -66,6 +66,57 @@ def add_run_arguments(parser, out):
     add("--fresh", action="store_true", help="start over in the folder of a run")
 
 
+def add_data_arguments(parser):
+    """Add the flags of every method that say what it trains on, and by which kind of recipe."""
+    add = parser.add_argument
+    add("--data", help="folder of images, any layout (default: built-in scenes)")
+    add("--scenes", type=whole(1), default=4000, help="number of built-in scenes without --data")
+    add("--small", action="store_true", help="a recipe for few images, on a CPU or a small GPU, in "
+        "place of the paper's (see fit_recipe in plumbing/run.py); without --data always")
+
+
+def parse_recipe(parser, argv, small, scenes):
+    """Parse a method's flags: by default the paper's recipe, or with --small a small one, of which
+    fit_recipe sets what depends on the number of images.
+
+    small, scenes: the small recipe's other values, and those that differ for the built-in scenes.
+    """
+    known = parser.parse_known_args(argv)[0]
+    if known.small or known.data is None:
+        fitted = {name: None for name in FITTED if name in known}
+        parser.set_defaults(**{**fitted, "arch": "resnet18", **small})
+    if known.data is None:
+        parser.set_defaults(**scenes)
+    args = parser.parse_args(argv)
+    if args.data is None:
+        fit_recipe(args, args.scenes)
+    return args
+
+
+FITTED = "batch_size bn_groups queue_size patch_keys momentum epochs warmup".split()
+
+
+def fit_recipe(args, images):
+    """Set what --small leaves open, each unless its flag is given, by the number of images.
+
+    The batch has at most 64 images and a sixth of all, a power of 2; batch norm sees groups of 16,
+    or two of fewer.  The queue holds whole batches, of at most 256 keys and a quarter of the
+    images; at so few keys m = 0.99 is slow enough ((K/B)(1-m) is 0.04 or less).  30,000 images are
+    seen, or three epochs; the learning rate grows for a tenth of them.
+    """
+    def fit(name, value):
+        if getattr(args, name, 0) is None:
+            setattr(args, name, value)
+
+    fit("batch_size", 2 ** max(1, int(math.log2(max(2, min(64, images / 6))))))
+    fit("bn_groups", max(2, args.batch_size // 16))
+    fit("queue_size", max(1, min(256, images // 4) // args.batch_size) * args.batch_size)
+    fit("patch_keys", min(32, args.batch_size))  # DUPR's, which a queue of one batch must hold
+    fit("momentum", 0.99)
+    fit("epochs", max(3, round(30_000 / images)))
+    fit("warmup", max(1, args.epochs // 10))
+
+
 def add_normalisation_arguments(add):
     """Add --mean and --std by a parser's (or a group's) add_argument."""
     add("--mean", type=real(0, 1), nargs=3, default=[*IMAGENET_MEAN], metavar="M",
@@ -197,6 +248,9 @@ def gather_objects(mine):
 def check_queue(size, keys_per_step, m, images):
     """Refuse a queue shorter than one step's keys; warn if it is long for this data set, or for
     the momentum m of the key encoder.  images: their number."""
+    if size > max(images, 4096):  # it would be filled for minutes or hours, with each image again
+        raise InputError(f"{images} images are too few for a queue of {size} keys: --small sets a "
+                         "recipe for few images")
     if size < keys_per_step:
         raise InputError(f"queue size {size} is less than the {keys_per_step} keys of a step")
     if rank() == 0 and size > images / 4:
@@ -230,7 +284,7 @@ class Run:
         self.checkpoint, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
         groups = parts["optimizer"].param_groups if "optimizer" in parts else []
         self.initial_lrs = [group["lr"] for group in groups]
-        self.window, self.signal = [], 0
+        self.window, self.signal, self.asked = [], 0, 0.0
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
@@ -248,11 +302,15 @@ class Run:
         if rank() == 0:
             self._truncate_log()
             (self.out / "args.json").write_text(json.dumps(vars(args), indent=2) + "\n")
+        unused = "scenes" if self.args.get("data") else "data"
+        self.say(f"{method}: " + ", ".join(
+            f"{name} {value}" for name, value in self.args.items()
+            if value is not None and value is not False and name != unused))
         self.start_clock()
 
     def start_clock(self):
         """Measure speed from now on: what comes before the first step does not count."""
-        self.drawn = time.monotonic()
+        self.drawn = self.said = self.stepped = time.monotonic()
         self.began = self.logged = (self.drawn, self.step)
 
     def _lock(self):
@@ -273,7 +331,9 @@ class Run:
         if method != self.method:
             raise InputError(f"{self.checkpoint} is a checkpoint of {method}, not of {self.method}")
         try:
-            old, new = state["args"], json.loads(json.dumps(self.args))
+            # a flag that is not set may be one that an earlier version did not have
+            old, new = ({k: v for k, v in args.items() if v is not None and v is not False}
+                        for args in (state["args"], json.loads(json.dumps(self.args))))
             changed = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
                        if old.get(k) != new.get(k)]
             if changed:
@@ -306,16 +366,25 @@ class Run:
 
         draw, collate_fn: as load_batches takes them.  What follows a batch draws its random numbers
         (colours, shuffling) from (seed, step, rank).  From now on Ctrl-C and SIGTERM wait for
-        ``stop_if_asked``.
+        ``stop_if_asked``; a second one does not.
         """
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _frame: setattr(self, "signal", number))
+            signal.signal(number, self._ask_to_stop)
         steps = range(self.step, self.steps) if steps is None else steps
         loader = load_batches(data, draw, self.batch_size, steps, self.seed, self.workers,
                               collate_fn)
         for step, batch in zip(steps, loader):
             torch.manual_seed(seed_for(self.seed, step, rank()))
             yield step, batch
+
+    def _ask_to_stop(self, number, _frame):
+        now = time.monotonic()
+        if self.signal and now - self.asked > 2:  # earlier, it is torchrun that passes on the first
+            raise KeyboardInterrupt(number)
+        if not self.signal:
+            self.signal, self.asked = number, now
+            if rank() == 0:  # not print: it may be what was interrupted
+                os.write(1, b"stopping after this step; once more to stop now\n")
 
     def fill_queues(self, queues, batches, encode, mixed=nullcontext()):
         """Before the first step, fill each queue with keys of real images.
@@ -328,8 +397,11 @@ class Run:
             return
         size = len(queues[0].keys)
         self.say(f"filling {len(queues)} queue{'s' if len(queues) > 1 else ''} of {size} keys")
-        extra = math.ceil(size / self.batch_size)
-        for _, *views in batches(range(self.steps, self.steps + extra)):
+        extra, began = math.ceil(size / self.batch_size), time.monotonic()
+        for done, (_, *views) in enumerate(batches(range(self.steps, self.steps + extra))):
+            if done >= 2 and time.monotonic() - self.said > 20:
+                left = (extra - done) * (time.monotonic() - began) / done / 60
+                self.say(f"filling: {done}/{extra} batches  {left:.1f} min left", rewrite=True)
             with mixed:  # not around the loop: the views' colours are float32
                 keys = encode(*views)
             for queue, k in zip(queues, keys):
@@ -339,6 +411,7 @@ class Run:
 
     def say(self, text, rewrite=False):
         """Print a line, once for all processes; on a terminal the next one may take its place."""
+        self.said = time.monotonic()
         if rank() == 0 and not sys.stdout.isatty():
             print(text, flush=True)
         elif rank() == 0:
@@ -346,16 +419,20 @@ class Run:
             print("\r\033[K" + text, end="" if rewrite else "\n", flush=True)
 
     def stop_if_asked(self):
-        """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number."""
+        """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number.
+
+        Save after a step of over 20 seconds too: torchrun gives a process 30 to end."""
         if self.parent not in (None, os.getppid()):
             os._exit(1)  # torchrun was killed: nothing else would end this process
-        number = torch.tensor(self.signal)
+        asked = torch.tensor([self.signal, time.monotonic() - self.stepped > 20])
         if world_size() > 1:
-            dist.all_reduce(number, dist.ReduceOp.MAX)
+            dist.all_reduce(asked, dist.ReduceOp.MAX)
+        number, slow = asked.tolist()
+        self.stepped = time.monotonic()
+        if self.step and (number or slow):
+            self._log()
+            self._save(last=bool(number))
         if number:
-            if self.step:
-                self._log()
-                self._save(last=True)
             self.say(f"stopped by {signal.Signals(int(number)).name}; run the same command again "
                      f"to resume after step {self.step}")
             sys.exit(128 + int(number))
@@ -381,7 +458,17 @@ class Run:
         if epoch_ends:
             self._save(last=done)
         if not done:
+            self._say_progress()
             self.stop_if_asked()
+
+    def _say_progress(self):
+        """After two steps, and whenever nothing was said for 20 seconds: how long it takes."""
+        now, (start, first) = time.monotonic(), self.began
+        if self.logged[1] < self.step and (self.step - first == 2 or now - self.said > 20):
+            each = (now - start) / (self.step - first)
+            left = (self.steps - self.step) * each / 60
+            self.say(f"step {self.step}/{self.steps}  {each:.2g} s each  {left:.1f} min left",
+                     rewrite=self.step - first != 2)
 
     def finish(self, stages, note="the pre-trained ResNet"):
         """Write a backbone, ResNetStages or SwinStages, to backbone.pt, and say so."""

@@ -324,6 +324,13 @@ def test_broken_files_are_named_once_each_with_the_reason(tmp_path):
     assert f"missing.jpg' ([Errno 2] No such file or directory: '{tmp_path}" in second
     assert second.endswith("): another image takes its place (2 of 301 so far)")
     images.broken[3:5] = True  # 4 of 301
+    few = ImageFiles(images.paths[:20])
+    for number in (1, 2):  # at least three
+        few.broken[:number] = True
+        assert few.report(said.append, "left out") == number
+    few.broken[2] = True
+    with pytest.raises(InputError, match="^3 of 20 images cannot be decoded: over 1%$"):
+        few.report(said.append, "left out")
     with pytest.raises(InputError, match="^4 of 301 images cannot be decoded: over 1%$"):
         images.report(said.append, "left out")
 

@@ -9,6 +9,7 @@ from test_average_precision import NAMES
 from test_data import OBJECT, XML, make_coco, make_voc
 
 import finetune_fasterrcnn as ft
+from common import InputError
 from detection.data import Annotated, LabelledScenes
 from detection.models import build_detector
 from plumbing.weights import save_checkpoint
@@ -123,6 +124,24 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
 
 TINY = ("--arch resnet18 --batch-size 4 --fpn-channels 16 --rois 8 --min-size 48 64 --max-size 80 "
         "--anchor-size 8 --iterations 4 --log-every 2 --workers 0").split()
+
+
+def test_the_small_recipe(tmp_path):
+    by_hand = ("--dataset voc --data D --detector fpn --arch resnet18 --fpn-channels 64 --min-size "
+               "128 --max-size 192 --anchor-size 16 --rois 64 --batch-size 8 --lr 0.04 --warmup 40 "
+               "--iterations 300")
+    args = ft.parse_args("--dataset voc --data D --small".split())
+    ft.fit_iterations(args, 1000)
+    assert {**vars(ft.parse_args(by_hand.split())), "small": True} == vars(args)
+    for images, iterations in ((100, 300), (3500, 1050), (20000, 3000)):
+        args = ft.parse_args("--dataset coco --data D --small".split())
+        ft.fit_iterations(args, images)
+        assert args.iterations == iterations
+    assert vars(ft.parse_args(["--small"])) == {**vars(ft.parse_args([])), "small": True}
+    adam = ft.parse_args("--dataset coco --data D --small --optimizer adam".split())
+    assert (adam.lr, adam.warmup, adam.schedule) == (1e-4, 0, "1x")
+    with pytest.raises(InputError, match="no --schedule applies"):
+        ft.parse_args("--dataset coco --data D --small --schedule 2x".split())
 
 
 def test_voc_from_end_to_end(tmp_path, capsys):

@@ -224,7 +224,9 @@ def test_normalisation_is_that_of_all_pixels(tmp_path, capsys, workers):
     assert broken.endswith("): left out (1 of 106 so far)")
     assert result == (f"105 images:  --mean {' '.join(f'{v:.4f}' for v in mean)} "
                       f"--std {' '.join(f'{v:.4f}' for v in std)}")
-    with pytest.raises(InputError, match="^1 of 8 images cannot be decoded: over 1%$"):
+    for i in range(2):
+        (tmp_path / f"{i}.jpg").write_bytes(b"no image")
+    with pytest.raises(InputError, match="^3 of 10 images cannot be decoded: over 1%$"):
         im.measure_normalisation(ImageFolder(tmp_path), workers)
 
 

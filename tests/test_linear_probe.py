@@ -168,8 +168,9 @@ def test_broken_images_are_left_out_and_named(tmp_path, capsys):
     assert targets.tolist() == [i for i in range(101) if i != 7] and len(found) == 100
     out = capsys.readouterr().out
     assert "0007.jpg' (" in out and "): left out (1 of 101 so far)" in out
-    (photos / "0008.jpg").write_bytes(b"no jpeg")
-    with pytest.raises(InputError, match="2 of 101 images cannot be decoded: over 1%"):
+    for i in (8, 9):
+        (photos / f"000{i}.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(InputError, match="3 of 101 images cannot be decoded: over 1%"):
         extract(stages, data, args, torch.device("cpu"), "test")
 
 

@@ -35,7 +35,7 @@ import soco
 import vicreg
 from common import InputError, View
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
-from plumbing.run import Run, distribute
+from plumbing.run import Run, distribute, fit_recipe
 from plumbing.weights import load_checkpoint
 from scenes import Scenes
 
@@ -591,6 +591,36 @@ REFUSED = {
         "--proposals nowhere.npz": "no such file: nowhere.npz",
         "--image-size 31": "argument --image-size: 31 is not at least 32",
         "--view4 8": "argument --view4: 8 is not at least 32"}}
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("moco_v2", ""), ("detco", "--local-size 96 --patch-size 24"),
+    ("dupr", "--image-size 96 --roi-size 6 6 6 3")])
+def test_the_small_recipe_of_a_thousand_photos(name, flags):
+    """The flags that were found by hand for VOC's photos."""
+    by_hand = ("--data DIR --arch resnet18 --image-size 64 --crop-scale 0.4 --p-blur 0 "
+               "--batch-size 64 --bn-groups 4 --queue-size 192 --momentum 0.99 --lr 0.06 "
+               f"--epochs 30 {flags}")
+    module = METHODS[name].module
+    args = module.parse_args(["--data", "DIR", "--small"])
+    assert args.batch_size is None is args.queue_size
+    fit_recipe(args, 1000)
+    assert {**vars(module.parse_args(by_hand.split())), "small": True} == vars(args)
+    args = module.parse_args("--data DIR --small --batch-size 8 --arch resnet34".split())
+    fit_recipe(args, 1000)
+    assert (args.batch_size, args.arch, args.queue_size) == (8, "resnet34", 248)
+
+
+@every_method
+def test_the_small_recipe_on_photos(tmp_path, capsys, name):
+    make_photos(tmp_path / "data", 60)
+    METHODS[name].module.main([
+        "--data", str(tmp_path / "data"), "--small", "--epochs", "1", "--workers", "0", "--out",
+        str(tmp_path / "run"), *(["--proposals", "random"] if name == "soco" else [])])
+    said = capsys.readouterr().out
+    assert f"{name}: data {tmp_path}/data, small True, " in said and ", arch resnet18, " in said
+    assert ", batch_size 8, " in said and "step 7/7" in said
+    assert (tmp_path / "run" / "backbone.pt").exists()
 
 
 @every_method

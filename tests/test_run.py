@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,8 +30,8 @@ from common import InputError, Queue, cosine_schedule
 from plumbing import run as plumbing
 from plumbing.figures import read_log
 from plumbing.images import open_images, seed_for
-from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, gather_objects,
-                          launch, mixed_precision, real, whole)
+from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, fit_recipe,
+                          gather_objects, launch, mixed_precision, real, whole)
 from plumbing.weights import load_checkpoint
 
 CPU = torch.device("cpu")
@@ -284,8 +285,10 @@ def test_what_a_run_leaves(tmp_path, capsys):
     factors = [(1 + math.cos(math.pi * step / 10)) / 2 for step in (2, 4, 5, 8, 9)]
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * factor for factor in factors])
     out = capsys.readouterr().out.splitlines()
-    assert out[0].startswith("epoch 1/2  step 3/10  ") and " images/s  loss " in out[0]
-    assert out[5:] == [f"{tmp_path}/backbone.pt is one layer"]
+    assert out[0] == "toy: scenes 20, epochs 2, batch_size 4, lr 0.1, seed 0"
+    assert re.fullmatch(r"step 2/10  \S+ s each  0.0 min left", out[1])
+    assert out[2].startswith("epoch 1/2  step 3/10  ") and " images/s  loss " in out[2]
+    assert out[7:] == [f"{tmp_path}/backbone.pt is one layer"]
     assert {p.name for p in tmp_path.iterdir()} == {"args.json", "backbone.pt", "checkpoint.pt",
                                                     "curves.png", "lock", "log.csv"}
     args = json.loads((tmp_path / "args.json").read_text())
@@ -434,9 +437,10 @@ def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
     assert out.count("cannot decode") == 1 and "(1 of 120 so far)" in out
     assert "0007.jpg', which starts with b'" in out
     assert "no more'): another image takes its place (1 of 120" in out
-    (tmp_path / "data" / "0090.jpg").write_bytes(b"")
+    for i in (80, 90):
+        (tmp_path / "data" / f"00{i}.jpg").write_bytes(b"")
     error = refusal(main, [*words, "--out", tmp_path / "b", "--workers", 1])
-    assert error == "error: 2 of 120 images cannot be decoded: over 1%"
+    assert error == "error: 3 of 120 images cannot be decoded: over 1%"
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tmp_path):
@@ -486,9 +490,9 @@ def test_queues_are_filled_before_the_first_step(tmp_path, capsys):
     for i, queue in enumerate(queues):
         ordered = queue.keys.roll(-int(queue.oldest), dims=0).flatten() - 100 * i
         assert ordered.tolist() == keys[-10:]
-    assert capsys.readouterr().out == "filling 2 queues of 10 keys\n"
+    assert capsys.readouterr().out.endswith("\nfilling 2 queues of 10 keys\n")
     filled(tmp_path, queues[:1])
-    assert capsys.readouterr().out == "filling 1 queue of 10 keys\n"
+    assert capsys.readouterr().out.endswith("\nfilling 1 queue of 10 keys\n")
     run.step = 1
     run.fill_queues(None, None, None)  # a resumed run's are full
 
@@ -508,6 +512,76 @@ def test_stopped_while_a_queue_is_filled(tmp_path, capsys):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_step(tmp_path, capfd, monkeypatch):
+    """But one within two seconds is torchrun's, which passes on the first."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    args = parse_args(["--out", str(tmp_path)])
+    model = nn.Linear(3, 2)
+    run = Run(args, "toy", open_images(None, 20), model=model,
+              optimizer=torch.optim.SGD(model.parameters(), 0.1))
+    for _ in run.batches(run.images, mean_colour):
+        signal.raise_signal(signal.SIGINT)
+        now[0] += 1
+        signal.raise_signal(signal.SIGINT)
+        assert capfd.readouterr().out.count("stopping after this step; once more to stop now") == 1
+        now[0] += 2
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            signal.raise_signal(signal.SIGTERM)
+        assert stopped.value.args == (signal.SIGTERM,)
+        with pytest.raises(SystemExit) as stopped:
+            run.stop_if_asked()
+        assert stopped.value.code == 128 + signal.SIGINT
+        break
+
+
+def test_a_slow_step_is_saved_and_time_is_told(tmp_path, capsys, monkeypatch):
+    """torchrun kills a process that has not ended 30 seconds after a signal."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    args = parse_args(["--out", str(tmp_path), "--log-every", "100", "--epochs", "3"])
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    run = Run(args, "toy", open_images(None, 40), model=model, optimizer=optimizer)
+    capsys.readouterr()
+    saved = []
+    for _, _ in run.batches(run.images, mean_colour):
+        now[0] += 25 if run.step == 3 else 9
+        run.end_step(torch.zeros(()), 0.1)
+        if run.checkpoint.exists():
+            saved.append((run.step, load_checkpoint(run.checkpoint)["step"]))
+        if run.step == 8:
+            break
+    assert saved == [(step, 4) for step in range(4, 9)]  # only after the slow one, before the end
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "step 2/30  9 s each  4.2 min left"
+    assert [line.split("  ")[0] for line in said[1:]] == ["step 4/30", "epoch 1/3", "step 7/30"]
+    assert said[1].endswith("step 4/30  13 s each  5.6 min left")
+
+
+def test_few_images_are_pointed_to_the_small_recipe(tmp_path):
+    with pytest.raises(InputError, match="363 images are too few for a queue of 65536 keys: --sm"):
+        check_queue(65536, 256, 0.999, 363)
+    check_queue(4096, 256, 0.999, 363)  # with a warning
+    assert "batch size 21 is more than all 20 images: --small sets a recipe" in refusal(
+        main, ["--batch-size", 21, "--out", tmp_path])
+
+
+@pytest.mark.parametrize("images, expected", [
+    (20, (2, 2, 4, 1500, 150)), (100, (16, 2, 16, 300, 30)), (363, (32, 2, 64, 83, 8)),
+    (1000, (64, 4, 192, 30, 3)), (3500, (64, 4, 256, 9, 1)), (20000, (64, 4, 256, 3, 1))])
+def test_the_small_recipe_by_the_number_of_images(images, expected):
+    names = "batch_size", "bn_groups", "queue_size", "epochs", "warmup"
+    args = SimpleNamespace(**dict.fromkeys((*names, "momentum")))
+    fit_recipe(args, images)
+    assert tuple(getattr(args, name) for name in names) == expected and args.momentum == 0.99
+    assert args.queue_size >= args.batch_size and args.queue_size <= images / 4
+    given = SimpleNamespace(batch_size=8, queue_size=None, epochs=5)  # a method without groups
+    fit_recipe(given, images)
+    assert given.batch_size == 8 and given.epochs == 5 and not hasattr(given, "warmup")
+    assert given.queue_size % 8 == 0
+
+
 def test_lines_on_a_terminal_are_rewritten(tmp_path, monkeypatch):
     class Terminal(io.StringIO):
         def isatty(self):
@@ -517,6 +591,7 @@ def test_lines_on_a_terminal_are_rewritten(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
     main(["--out", tmp_path, "--epochs", 1])
     lines = sys.stdout.getvalue().split("\r\033[K")
+    assert lines.pop(1).startswith("toy: scenes 20, ")
     assert lines[0] == "" and [len(line) for line in lines[1:3]] == [39, 39]
     assert lines[1].startswith("epoch 1/1  step 2/5  ") and lines[3].startswith("epoch 1/1  step 5")
     assert lines[3].endswith("\n") and lines[4].endswith("is one layer\n")

@@ -331,8 +331,9 @@ def test_a_broken_image_is_left_out_and_named(files, tmp_path, capsys):
     assert row["images"] == "100" and float(row["first_cosine"]) < 0.99999
     out = capsys.readouterr().out
     assert "0003.jpg' (" in out and "): left out (1 of 101 so far)" in out
-    (tmp_path / "photos" / "0004.jpg").write_bytes(b"no jpeg")
-    with pytest.raises(SystemExit, match="2 of 101 images cannot be decoded: over 1%"):
+    for i in (4, 5):
+        (tmp_path / "photos" / f"000{i}.jpg").write_bytes(b"no jpeg")
+    with pytest.raises(SystemExit, match="3 of 101 images cannot be decoded: over 1%"):
         figure(files, tmp_path, "retrieval", *words)
 
 
