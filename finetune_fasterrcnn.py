@@ -109,6 +109,9 @@ def measure(model, dataset, args, device, run):
         columns = [f"{k} {100 * v:.2f}" if v >= 0 else f"{k} n/a" for k, v in values.items()]
         if columns:
             run.say(f"{name}:  " + "  ".join(columns))
+    if 0 <= ap["AP"] < 0.005:
+        run.say("warning: an AP below 0.5 tells nothing apart: more --iterations, or a larger "
+                "--min-size and --max-size, usually help")
 
 
 def iterations_and_drops(args, per_epoch):
@@ -202,6 +205,10 @@ def train(args, device):
         test_set.decode(args.workers, run.say)
     model.train()
     run.say(describe(model, len(train_set), args, device))
+    if device.type == "cpu" and max(args.min_size) >= 400:
+        run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
+                f"{max(args.min_size)} pixels are for GPUs, and about {args.batch_size} GB: on a "
+                "CPU use --small")
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.
     mixed = mixed_precision(args, device)

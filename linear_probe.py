@@ -296,7 +296,11 @@ def probe(args, device):
     for label, stages, _ in networks:
         features = zip(extract(stages, train, args, device, f"{label}, training"),
                        extract(stages, test, args, device, f"{label}, test"))
-        measured[label] = [scores(*both, train.classes, args) for both in features]
+        measured[label] = []
+        for level, both in zip(args.levels, features):
+            if rank() == 0:
+                print(f"{label}: fitting classifiers on {level}", flush=True)
+            measured[label].append(scores(*both, train.classes, args))
     if rank() == 0:
         report(measured, metric, chance, args)
 
@@ -323,10 +327,10 @@ def parse_args(argv=None):
     add("--workers", type=whole(0), default=2, help="loader workers per process")
     add("--out", default="runs/probe", help="folder for probe.json and probe.png")
     dataset = parser.parse_known_args(argv)[0].dataset
-    parser.set_defaults(arch=["resnet50"], train_split=TRAIN_SPLITS.get(dataset, ["train"])[:1],
+    parser.set_defaults(train_split=TRAIN_SPLITS.get(dataset, ["train"])[:1],
                         test_split=TEST_SPLITS.get(dataset, ["val"]))
     if dataset == "scenes":
-        parser.set_defaults(arch=["resnet18"], image_size=96, crop=1.0)  # shapes reach the border
+        parser.set_defaults(image_size=96, crop=1.0)  # shapes reach the border
     args = parser.parse_args(argv)
     if (dataset == "scenes") != (args.data is None):
         parser.error("--data needs --dataset voc, coco or folder, and these need --data")

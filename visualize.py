@@ -557,8 +557,7 @@ def parse_args(argv=None):
     _, level, images, rows = FIGURES[known.figure]
     side, scene_side = (224, 96) if known.figure == "retrieval" else (448, 192)
     parser.set_defaults(level=level, images=images, rows=rows, out=f"runs/{known.figure}.png",
-                        size=side if known.data else scene_side, classes=None,
-                        arch=["resnet50" if known.data else "resnet18"])
+                        size=side if known.data else scene_side, classes=None)
     args = parser.parse_args(argv)
     if Path(args.out).suffix.lower() not in (".png", ".jpg", ".jpeg", ".pdf", ".svg"):
         parser.error(f"--out {args.out}: no .png, .jpg, .pdf or .svg")

@@ -31,7 +31,10 @@ def open_images(data, scenes):
     of (3, H, W) uint8 with ``names`` and ``numbered`` as ImageFolder has them."""
     if data is not None:
         return ImageFolder(data)
-    from scenes import Scenes
+    try:
+        from scenes import Scenes
+    except ModuleNotFoundError:
+        raise InputError("there is no scenes.py here to draw images: give --data") from None
     return Scenes(scenes, size=96, seed=0, cache=True)
 
 

@@ -28,8 +28,23 @@ from plumbing.weights import load_checkpoint, save_checkpoint, save_tensors
 # ------------------------------------------------------------------------------------------- flags
 
 
+class _Defaults(argparse.HelpFormatter):
+    """Help that ends with each flag's default, if it has one and its text names none."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        shown = [default] if not isinstance(default, list) else default
+        if default is None or default is False or "default" in action.help or \
+                default is argparse.SUPPRESS:
+            return action.help
+        return f"{action.help} (default {' '.join(map(str, shown))})"
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that raises InputError for what it cannot parse."""
+    """An ArgumentParser that shows defaults, and raises InputError for what it cannot parse."""
+
+    def __init__(self, **kwargs):
+        super().__init__(formatter_class=_Defaults, **kwargs)
 
     def error(self, message):
         raise InputError(f"{message} (--help lists the flags)")
@@ -131,7 +146,7 @@ def add_backbone_arguments(parser):
     add("--weights", nargs="+", default=["none"], metavar="FILE", help="files, or none (default)")
     add("--labels", nargs="+", help="their names in tables and figures (default: their folders')")
     add("--arch", nargs="+", help="torchvision's name of a ResNet or Swin Transformer, of each or "
-        "of all (default: resnet50; for built-in scenes resnet18)")
+        "of all (default: as in the files; without any resnet50, for built-in scenes resnet18)")
     add_normalisation_arguments(add)
     add("--seed", type=whole(0), default=0, help="of random weights and of all that is drawn")
 
@@ -227,6 +242,11 @@ def mixed_precision(args, device, side=math.inf):
     PyTorch (2.11, 2.15) leaves most of the gradient of Res5's first 3x3 weights uninitialised.
     """
     precision = args.precision or ("bfloat16" if device.type == "cuda" else "float32")
+    processor = Path("/proc/cpuinfo")
+    if precision == "bfloat16" and device.type == "cpu" and rank() == 0 and processor.exists() \
+            and "bf16" not in processor.read_text():
+        print("warning: this processor has no bfloat16 arithmetic: --precision bfloat16 is slower "
+              "than float32 on it", flush=True)
     if precision == "bfloat16" and device.type == "cpu" and side <= 16:
         raise InputError(f"bfloat16 on CPUs needs images of more than 16 pixels, not {side}: "
                          "PyTorch's gradients are wrong there")
@@ -284,7 +304,7 @@ class Run:
         self.checkpoint, self.table = self.out / "checkpoint.pt", self.out / "log.csv"
         groups = parts["optimizer"].param_groups if "optimizer" in parts else []
         self.initial_lrs = [group["lr"] for group in groups]
-        self.window, self.signal, self.asked = [], 0, 0.0
+        self.window, self.signal, self.asked, self.last = [], 0, 0.0, {}
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
@@ -471,7 +491,16 @@ class Run:
                      rewrite=self.step - first != 2)
 
     def finish(self, stages, note="the pre-trained ResNet"):
-        """Write a backbone, ResNetStages or SwinStages, to backbone.pt, and say so."""
+        """Write a backbone, ResNetStages or SwinStages, to backbone.pt, and say so, and what seems
+        wrong with the training, if anything."""
+        last = self.last
+        if last.get("loss", -math.inf) > 0.98 * last.get("loss_chance", math.inf):
+            self.say(f"warning: the loss ends at chance ({last['loss']:.4g} of "
+                     f"{last['loss_chance']:.4g}): more --epochs, a lower --lr or a shorter "
+                     "--queue-size usually help")
+        if last.get("directions", math.inf) < 3:
+            self.say(f"warning: the embeddings fill {last['directions']:.2g} directions only, "
+                     "which looks like collapse: more --epochs or a larger --batch-size usually help")
         if rank() == 0:
             save_tensors(stages.state_dict(), self.out / "backbone.pt")
         self.say(f"{self.out / 'backbone.pt'} is {note}")
@@ -500,7 +529,7 @@ class Run:
         self.logged = (now, self.step)
         speed = (self.step - step_then) * self.batch_size / (now - then)
         left = (self.steps - self.step) * (now - start) / (self.step - step_start) / 60
-        row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
+        self.last = row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
         if rank() == 0:
             epoch = round(self.step / self.steps_per_epoch, 4)
             line = dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1))

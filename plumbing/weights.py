@@ -125,7 +125,26 @@ def load_backbone(stages, path):
     Returns the file's other tensors by name.  Raises InputError, and loads nothing, if a tensor is
     missing, not finite or of another shape: half of a backbone looks like a bad method.
     """
-    state, prefix, spell, (shown, *others) = _find_backbone(stages, load_checkpoint(path), path)
+    loaded, rest, (shown, *others) = _match(stages, load_checkpoint(path), path)
+    for name, value in {**loaded, **rest}.items():
+        if torch.is_tensor(value) and not value.isfinite().all():
+            raise InputError(f"{path}: {name} holds NaN or infinity")
+    stages.load_state_dict(loaded, strict=False)
+    rest = {name: value for name, value in rest.items() if torch.is_tensor(value)}
+    if rank() == 0:
+        missing = len(stages.state_dict()) - len(loaded)
+        counters = " (batch norm counters, not needed)" if missing else ""
+        some = f" ({', '.join([*rest][:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
+        print(f"{path}: {len(loaded)} tensors loaded from '{shown}*', {missing} missing"
+              f"{counters}, {len(rest)} unexpected{some}"
+              + "".join(f"; not from '{other}*'" for other in others), flush=True)
+    return rest
+
+
+def _match(stages, content, path):
+    """What load_backbone takes from the content of a file, by the names of ``stages``; the rest, by
+    its own; the prefixes of this backbone and of others in the file."""
+    state, prefix, spell, shown = _find_backbone(stages, content, path)
     loaded, rest = {}, dict(state)
     for name, tensor in stages.state_dict().items():
         theirs = prefix + spell(name)
@@ -143,19 +162,25 @@ def load_backbone(stages, path):
     for name in rest:  # a ResNet-101 holds everything that a ResNet-50 does, and more
         if name.startswith(tuple(prefix + spell(f"{n}.") for n, _ in stages.named_children())):
             raise InputError(f"{path}: {name} has no place: another architecture?")
-    for name, value in state.items():
-        if torch.is_tensor(value) and not value.isfinite().all():
-            raise InputError(f"{path}: {name} holds NaN or infinity")
-    stages.load_state_dict(loaded, strict=False)
-    rest = {name: value for name, value in rest.items() if torch.is_tensor(value)}
-    if rank() == 0:
-        missing = len(stages.state_dict()) - len(loaded)
-        counters = " (batch norm counters, not needed)" if missing else ""
-        some = f" ({', '.join([*rest][:3])}{', ...' if len(rest) > 3 else ''})" if rest else ""
-        print(f"{path}: {len(loaded)} tensors loaded from '{shown}*', {missing} missing"
-              f"{counters}, {len(rest)} unexpected{some}"
-              + "".join(f"; not from '{other}*'" for other in others), flush=True)
-    return rest
+    return loaded, rest, shown
+
+
+ARCHITECTURES = ("resnet18 resnet34 resnet50 resnet101 resnet152 wide_resnet50_2 wide_resnet101_2 "
+                 "resnext50_32x4d resnext101_32x8d resnext101_64x4d swin_t swin_s swin_b").split()
+
+
+def find_architecture(path):
+    """torchvision's name of the backbone in a file, or None if load_backbone would find none."""
+    content = load_checkpoint(path)
+    for arch in ARCHITECTURES:
+        with torch.device("meta"):
+            stages = backbone_stages(arch)
+        try:
+            _match(stages, content, path)
+            return arch
+        except InputError:
+            pass
+    return None
 
 
 def name_weights(args):
@@ -179,7 +204,12 @@ def load_backbones(args, device):
     Fills in args.labels, as name_weights does.  Raises InputError.
     """
     name_weights(args)
-    archs = args.arch * len(args.weights) if len(args.arch) == 1 else args.arch
+    archs = args.arch
+    if not archs:
+        archs = [find_architecture(path) if path != "none" else None for path in args.weights]
+        usual = next(filter(None, archs), "resnet50" if args.data else "resnet18")
+        archs = [arch or usual for arch in archs]  # random weights are compared with the others
+    archs = archs * len(args.weights) if len(archs) == 1 else archs
     if len(archs) != len(args.weights):
         raise InputError(f"{len(archs)} --arch for {len(args.weights)} --weights")
     networks = []

@@ -559,6 +559,49 @@ def test_a_slow_step_is_saved_and_time_is_told(tmp_path, capsys, monkeypatch):
     assert said[1].endswith("step 4/30  13 s each  5.6 min left")
 
 
+def test_what_looks_wrong_at_the_end_is_said(tmp_path, capsys):
+    args = parse_args(["--out", str(tmp_path)])
+    run = Run(args, "toy", open_images(None, 20), steps=0)
+    for last, said in ((dict(loss=5.5, loss_chance=5.55), "the loss ends at chance (5.5 of 5.55)"),
+                       (dict(loss=5.0, loss_chance=5.55), None), (dict(loss=-3.0), None),
+                       ({}, None),
+                       (dict(loss=-7.9, directions=1.3), "fill 1.3 directions only"),
+                       (dict(loss=-7.0, directions=30.0), None)):
+        capsys.readouterr()
+        run.last = last
+        run.finish(nn.Linear(1, 1), "a layer")
+        *warnings, end = capsys.readouterr().out.splitlines()
+        assert end.endswith("backbone.pt is a layer") and len(warnings) == (said is not None)
+        assert said is None or said in warnings[0]
+
+
+def test_a_processor_without_bfloat16_is_pointed_out(monkeypatch, capsys):
+    args, cpu = SimpleNamespace(precision="bfloat16"), torch.device("cpu")
+    for text, warned in (("flags: sse avx2", True), ("flags: avx512_bf16", False)):
+        monkeypatch.setattr(plumbing.Path, "read_text", lambda *_, text=text: text)
+        mixed_precision(args, cpu)
+        assert ("has no bfloat16 arithmetic" in capsys.readouterr().out) == warned
+        mixed_precision(SimpleNamespace(precision=None), cpu)
+        assert capsys.readouterr().out == ""
+
+
+def test_help_shows_the_papers_defaults(capsys):
+    parser = Parser()
+    parser.add_argument("--x", default=[1.0, 0.1], help="a pair")
+    parser.add_argument("--y", default=3, help="a number (default: by the data)")
+    parser.add_argument("--z", help="a name")
+    parser.add_argument("--flag", action="store_true", help="a switch")
+    text = " ".join(parser.format_help().split())
+    assert "a pair (default 1.0 0.1)" in text and "a number (default: by the data) --z" in text
+    assert "a name --flag" in text and text.endswith("a switch")
+
+
+def test_a_method_without_scenes_asks_for_data(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "scenes", None)
+    assert refusal(main, ["--out", tmp_path]) == (
+        "error: there is no scenes.py here to draw images: give --data")
+
+
 def test_few_images_are_pointed_to_the_small_recipe(tmp_path):
     with pytest.raises(InputError, match="363 images are too few for a queue of 65536 keys: --sm"):
         check_queue(65536, 256, 0.999, 363)

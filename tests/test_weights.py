@@ -12,10 +12,11 @@ import torch
 import torchvision
 from torch import nn
 
-from common import InputError, ResNetStages, SplitBatchNorm, SwinStages, resnet_stages
+from common import (InputError, ResNetStages, SplitBatchNorm, SwinStages, backbone_stages,
+                    resnet_stages)
 from plumbing import weights
-from plumbing.weights import (load_backbone, load_backbones, load_checkpoint, save_checkpoint,
-                              save_tensors)
+from plumbing.weights import (find_architecture, load_backbone, load_backbones, load_checkpoint,
+                              save_checkpoint, save_tensors)
 
 
 def equal(a, b):
@@ -297,6 +298,26 @@ def test_backbones_side_by_side(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------ files of tensors
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "resnet34", "resnet50", "resnext50_32x4d", "swin_t"])
+def test_the_architecture_is_found_in_the_file(tmp_path, arch, capsys):
+    torch.manual_seed(0)
+    stages, path = backbone_stages(arch), tmp_path / "run" / "backbone.pt"
+    path.parent.mkdir()
+    save_tensors({f"module.encoder_q.{k}": v for k, v in stages.state_dict().items()}, path)
+    assert find_architecture(path) == arch
+    args = SimpleNamespace(weights=["none", str(path)], labels=None, arch=None, data=None, seed=0)
+    (_, random, _), (_, found, _) = load_backbones(args, torch.device("cpu"))
+    assert equal(found.state_dict(), stages.state_dict())
+    assert random.state_dict().keys() == found.state_dict().keys()  # as the other
+    args = SimpleNamespace(weights=["none"], labels=None, arch=None, data="photos", seed=0)
+    assert load_backbones(args, torch.device("cpu"))[0][1].channels[-1] == 2048  # ResNet-50
+    torch.save({"fc.weight": torch.zeros(2)}, path)
+    assert find_architecture(path) is None
+    args.weights = [str(path)]
+    with pytest.raises(InputError, match="holds no ResNet"):
+        load_backbones(args, torch.device("cpu"))
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path):
