@@ -486,9 +486,10 @@ class Run:
         now, (start, first) = time.monotonic(), self.began
         if self.logged[1] < self.step and (self.step - first == 2 or now - self.said > 20):
             each = (now - start) / (self.step - first)
-            left = (self.steps - self.step) * each / 60
-            self.say(f"step {self.step}/{self.steps}  {each:.2g} s each  {left:.1f} min left",
-                     rewrite=self.step - first != 2)
+            left, second = (self.steps - self.step) * each / 60, self.step - first == 2
+            flag = "--epochs" if "epochs" in self.args else "--iterations"
+            self.say(f"step {self.step}/{self.steps}  {each:.2g} s each  {left:.1f} min left"
+                     + (f"  ({flag} sets how many)" if second else ""), rewrite=not second)
 
     def finish(self, stages, note="the pre-trained ResNet"):
         """Write a backbone, ResNetStages or SwinStages, to backbone.pt, and say so, and what seems
@@ -500,7 +501,8 @@ class Run:
                      "--queue-size usually help")
         if last.get("directions", math.inf) < 3:
             self.say(f"warning: the embeddings fill {last['directions']:.2g} directions only, "
-                     "which looks like collapse: more --epochs or a larger --batch-size usually help")
+                     "which looks like collapse: more --epochs or a larger --batch-size usually "
+                     "help")
         if rank() == 0:
             save_tensors(stages.state_dict(), self.out / "backbone.pt")
         self.say(f"{self.out / 'backbone.pt'} is {note}")

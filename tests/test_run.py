@@ -286,7 +286,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert [row["lr"] for row in rows] == pytest.approx([0.1 * factor for factor in factors])
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "toy: scenes 20, epochs 2, batch_size 4, lr 0.1, seed 0"
-    assert re.fullmatch(r"step 2/10  \S+ s each  0.0 min left", out[1])
+    assert re.fullmatch(r"step 2/10  \S+ s each  0.0 min left  \(--epochs sets how many\)", out[1])
     assert out[2].startswith("epoch 1/2  step 3/10  ") and " images/s  loss " in out[2]
     assert out[7:] == [f"{tmp_path}/backbone.pt is one layer"]
     assert {p.name for p in tmp_path.iterdir()} == {"args.json", "backbone.pt", "checkpoint.pt",
@@ -554,7 +554,7 @@ def test_a_slow_step_is_saved_and_time_is_told(tmp_path, capsys, monkeypatch):
             break
     assert saved == [(step, 4) for step in range(4, 9)]  # only after the slow one, before the end
     said = capsys.readouterr().out.splitlines()
-    assert said[0] == "step 2/30  9 s each  4.2 min left"
+    assert said[0] == "step 2/30  9 s each  4.2 min left  (--epochs sets how many)"
     assert [line.split("  ")[0] for line in said[1:]] == ["step 4/30", "epoch 1/3", "step 7/30"]
     assert said[1].endswith("step 4/30  13 s each  5.6 min left")
 
