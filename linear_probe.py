@@ -263,6 +263,7 @@ def report(measured, metric, chance, args):
     axes = figure.add_subplot(title="linear probe", xlabel="level", ylabel=f"{metric} (%)")
     axes.set_prop_cycle(color=PALETTE)
     axes.plot(args.levels, table, "o-", label=[*measured])
+    axes.axhline(100 * chance, color="0.4", ls="--", label="chance")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out / "probe.png", dpi=100)

@@ -2,14 +2,17 @@
 images in a grid, with what lies over them.  Importing it takes half a second, for matplotlib."""
 import csv
 import math
+import re
 
 import matplotlib
 import numpy as np
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000"]
 matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)  # C0, C1, ...
@@ -22,9 +25,29 @@ def read_log(path):
     return [{name: float(value) for name, value in row.items()} for row in rows]
 
 
+WORDS = {"gg": "global-global", "ll": "local-local", "gl": "global-local", "lr": "learning rate",
+         "res2": "Res2", "res3": "Res3", "res4": "Res4", "res5": "Res5"}
+TITLES = {"loss": "loss", "parts": "parts of the loss", "accuracy": "accuracy against the queue",
+          "similarity": "cosine similarity", "deviation": "standard deviation of a coordinate",
+          "lr": "learning rate"}
+LEVEL = re.compile("res[2-5]")
+
+
+def panel_of(column):
+    """The panel of draw_curves in which a column of log.csv is drawn."""
+    first = column.split("_")[0]
+    if column in ("loss", "loss_chance"):
+        return "loss"
+    if first in ("loss", "invariance", "variance", "covariance", "redundancy") or \
+            LEVEL.search(column) or column.endswith("_chance"):
+        return "parts"
+    return first if first in TITLES else column
+
+
 def shared_columns(logs):
-    """The columns, but for step and epoch, that two of the logs have, or all of a single one."""
-    names = [name for rows in logs.values() for name in rows[0] if name not in ("step", "epoch")]
+    """The columns, but for step, epoch and speed, that two of the logs have, or all of one."""
+    names = [name for rows in logs.values() for name in rows[0]
+             if name not in ("step", "epoch", "images_per_s")]
     return [name for name in dict.fromkeys(names) if names.count(name) >= min(2, len(logs))]
 
 
@@ -32,29 +55,51 @@ def draw_curves(logs, path):
     """Draw the shared columns of log.csv over the epochs.  logs: label of a run -> its rows
     (read_log).
 
-    Of one run, columns with the same first word share a panel; of several runs, each column has
-    a panel with a line for each run.
+    Loss, accuracy, similarity, deviation and learning rate have a panel each.  Of one run, the
+    parts of the loss have one too, levels by colour; of several, each run has its colour, and the
+    columns of a panel their own kinds of lines.
     """
     panels, single = {}, len(logs) == 1
     for column in shared_columns(logs):
-        if column != "images_per_s":
-            name = column.replace("_", " ")
-            panel = panels.setdefault(column.split("_")[0] if single else name, [])
-            panel += [(name if single else label, rows, column) for label, rows in logs.items()
-                      if column in rows[0]]
-    across = min(3, len(panels))
+        if single or panel_of(column) != "parts":
+            panels.setdefault(panel_of(column), []).append(column)
+    across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure((4 * across, 3 * down), layout="constrained")
-    for i, (title, lines) in enumerate(panels.items()):
+    figure = Figure((3.6 * across, 2.8 * down), layout="constrained")
+    for i, (panel, columns) in enumerate(panels.items()):
         axes = figure.add_subplot(down, across, i + 1)
-        for label, rows, column in lines:
-            axes.plot([row["epoch"] for row in rows], [row[column] for row in rows],
-                      "--" if single and column.endswith("chance") else "-", label=label)
-        axes.set(title=title, xlabel="epoch")
+        kinds = list(dict.fromkeys(LEVEL.sub("", column) for column in columns))
+        for run, (label, rows) in enumerate(logs.items()):
+            for number, column in enumerate(columns):
+                if column not in rows[0]:
+                    continue
+                level, kind = LEVEL.search(column), kinds.index(LEVEL.sub("", column))
+                chance = column.endswith("chance")
+                colour = run if not single else int(level[0][-1]) - 2 if level else number
+                name = " ".join(WORDS.get(word, word) for word in column.split("_"))
+                text = name if single else label if number == 0 else f"{label}, {name}"
+                style = ("-", ":", "-.")[kind % 3 if level or not single else 0]
+                axes.plot([row["epoch"] for row in rows], [row[column] for row in rows],
+                          "--" if chance else style, label=text, lw=1.2,
+                          color="0.4" if chance and single else PALETTE[colour % len(PALETTE)])
+        axes.set_title(TITLES.get(panel, panel.replace("_", " ")), fontsize=9)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-        if len(lines) > 1:
-            axes.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+        if single and len(axes.lines) > 6:  # too many to name each: levels by colour, kinds by line
+            keys = {}
+            for line in axes.lines:
+                level, name = re.search("Res[2-5]", line.get_label()), line.get_label()
+                kind = "chance" if name.endswith("chance") else re.sub(" ?Res[2-5]", "", name)
+                keys[kind] = Line2D([], [], color="0.3", ls=line.get_linestyle(), label=kind)
+                if level:
+                    keys[level[0]] = Line2D([], [], color=line.get_color(), label=level[0], lw=3)
+            axes.legend(handles=list(keys.values()), fontsize=7, ncols=4, loc="upper center",
+                        bbox_to_anchor=(0.5, -0.2))
+        elif len(axes.lines) > 1:
+            axes.legend(fontsize=7)
+    figure.savefig(path, dpi=150)
 
 
 def draw_correlation(z1, z2, path):

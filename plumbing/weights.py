@@ -183,14 +183,19 @@ def find_architecture(path):
     return None
 
 
+PAPERS = {"moco_v2": "MoCo v2", "detco": "DetCo", "dupr": "DUPR", "soco": "SoCo",
+          "barlow_twins": "Barlow Twins", "vicreg": "VICReg"}
+
+
 def name_weights(args):
-    """Fill in args.labels: by default, the folders of args.weights.
+    """Fill in args.labels: by default, the folders of args.weights, methods as papers write them.
 
     Raises InputError if there are not as many names as files, or two alike.
     """
     folders = [Path(path) if os.path.isdir(path) else Path(path).parent for path in args.weights]
-    args.labels = args.labels or ["random" if path == "none" else folder.absolute().name
-                                  for path, folder in zip(args.weights, folders)]
+    names = [folder.absolute().name for folder in folders]
+    args.labels = args.labels or ["random" if path == "none" else PAPERS.get(name, name)
+                                  for path, name in zip(args.weights, names)]
     if len(args.labels) != len(args.weights):
         raise InputError(f"{len(args.labels)} --labels for {len(args.weights)} --weights")
     if len({*args.labels}) < len(args.labels):

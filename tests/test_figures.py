@@ -32,17 +32,43 @@ def test_curves_of_a_run_and_of_several(tmp_path, monkeypatch):
     draw_curves({"": rows}, tmp_path / "one.png")
     panels, = drawn
     assert {title: [*lines] for title, lines in panels.items()} == {
-        "loss": ["loss", "loss chance"], "deviation": ["deviation 1"], "lr": ["lr"]}
+        "loss": ["loss", "loss chance"], "standard deviation of a coordinate": ["deviation 1"],
+        "learning rate": ["learning rate"]}
     assert panels["loss"]["loss"].get_xydata().tolist() == [[0, 3], [0.5, 2], [1, 1]]
     assert panels["loss"]["loss"].get_linestyle() == "-"
     assert panels["loss"]["loss chance"].get_linestyle() == "--"
     shorter = [{key: row[key] for key in ("step", "epoch", "loss", "lr")} for row in rows[:2]]
     draw_curves({"a": rows, "b": shorter}, tmp_path / "two.png")
     assert {title: [*lines] for title, lines in drawn[1].items()} == {
-        "loss": ["a", "b"], "lr": ["a", "b"]}  # the columns that both have
+        "loss": ["a", "b"], "learning rate": ["a", "b"]}  # the columns that both have
     assert drawn[1]["loss"]["b"].get_xydata().tolist() == [[0, 3], [0.5, 2]]
     with Image.open(tmp_path / "two.png") as image:
-        assert image.size == (800, 300)
+        assert image.size == (1080, 420)
+    colours = [line.get_color() for line in drawn[1]["loss"].values()]
+    assert len({*colours}) == 2 and colours == [
+        line.get_color() for line in drawn[1]["learning rate"].values()]  # a colour for each run
+
+
+def test_panels_of_a_run_with_levels(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: figures.append(figure))
+    columns = ["loss", "loss_chance", "gg_res2", "ll_res2", "gl_res5", "gg_chance", "accuracy",
+               "similarity_positive", "similarity_negative", "deviation", "lr", "whole_view",
+               "ll_res3"]
+    draw_curves({"": [dict(step=i, epoch=i, images_per_s=1.0, **dict.fromkeys(columns, float(i)))
+                      for i in range(1, 4)]}, "x.png")
+    panels = {axes.get_title(): axes for axes in figures[0].axes}
+    assert [*panels] == ["loss", "parts of the loss", "accuracy against the queue",
+                         "cosine similarity", "standard deviation of a coordinate",
+                         "learning rate", "whole view"]
+    parts = {line.get_label(): line for line in panels["parts of the loss"].lines}
+    assert [*parts] == ["global-global Res2", "local-local Res2", "global-local Res5",
+                        "global-global chance", "local-local Res3"]
+    style = {name: (line.get_color(), line.get_linestyle()) for name, line in parts.items()}
+    assert style["global-global Res2"][0] == style["local-local Res2"][0]  # levels by colour
+    assert style["local-local Res2"][1] == style["local-local Res3"][1] == ":"  # kinds by line
+    assert style["global-global chance"][1] == "--" and len({*style.values()}) == 5
+    assert all(tick == int(tick) for axes in panels.values() for tick in axes.get_xticks())
 
 
 @pytest.mark.parametrize("number, dim", [(5, 3), (4, 1)])
