@@ -207,8 +207,7 @@ def train(args, device):
     run.say(describe(model, len(train_set), args, device))
     if device.type == "cpu" and max(args.min_size) >= 400:
         run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
-                f"{max(args.min_size)} pixels are for GPUs, and about {args.batch_size} GB: on a "
-                "CPU use --small")
+                f"{max(args.min_size)} pixels are for GPUs: on a CPU use --small")
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.
     mixed = mixed_precision(args, device)
