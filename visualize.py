@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
 from torchvision.transforms.v2.functional import normalize, resize
@@ -330,6 +331,7 @@ def correspondence(args, device):
     pixels = [augment_colour(torch.stack([view.pixels for view in pair]), mean=(0, 0, 0),
                              std=(1, 1, 1)) for pair in pairs]  # 0..1
     shown = min(args.rows, len(pairs))
+    # the first pairs, and of the positions of each about 40, evenly
     figure, axes = image_grid(len(networks), [2] * shown, f"most similar positions of {args.level};"
                               " blue: at most one cell off, orange: wrong")
     for line, (label, stages, _) in zip(axes, networks):
@@ -343,10 +345,15 @@ def correspondence(args, device):
                 show(line[i], torch.cat([F.pad(one, (0, gap), value=1), other], dim=2),
                      f"{label}: {right.sum()} of {seen.sum()} right")
                 ends = torch.stack([points, found + torch.tensor([args.size + gap, 0])])
-                for colour, chosen in (("C0", right), ("C1", seen & ~right)):
+                drawn = seen & (seen.cumsum(0) % math.ceil(max(1, seen.sum() / 40)) == 0)
+                for colour, chosen in (("C1", drawn & ~right), ("C0", drawn & right)):
                     line[i].plot(*ends[:, chosen].permute(2, 0, 1).numpy(), ".-", color=colour,
-                                 alpha=0.6, linewidth=0.8, markersize=4)
+                                 linewidth=1.2, markersize=5, path_effects=[
+                                     withStroke(linewidth=2.2, foreground="white")])
         right, seen, chance = counts.tolist()
+        line[0].set_title(f"{line[0].get_title()}; of {len(pairs)} pairs "
+                          f"{right / max(1, seen):.0%}, by chance {chance / max(1, seen):.0%}",
+                          fontsize=8)
         rows.append(dict(weights=label, pairs=len(pairs), positions=int(seen), right=int(right),
                          share=right / max(1, seen), chance=chance / max(1, seen)))
     return figure, rows
