@@ -455,7 +455,8 @@ def test_rotated_and_repeated_boxes(tmp_path, capsys):
     args = draw(tmp_path / "voc", "voc")
     path = tmp_path / "voc" / "Annotations" / "0001.xml"
     edit(path, "<bndbox>", "<attributes><attribute><name>occluded</name><value>0</value>"
-         "</attribute><attribute><name>rotation</name><value>45.0</value></attribute></attributes><bndbox>")
+         "</attribute><attribute><name>rotation</name><value>45.0</value></attribute></attributes>"
+         "<bndbox>")
     assert "0001.xml is not a VOC annotation: a box is rotated, by 45 degrees" in error(*args)
 
 
