@@ -292,7 +292,8 @@ def probe(args, device):
         if rank() == 0:
             print(f"{name}: {len(data)} images; {counts}", flush=True)
         if rank() == 0 and name == "training" and not images.all():
-            print("warning: no training image has a class that counts 0", flush=True)
+            missing = [c for n, c in zip(images.tolist(), data.classes) if not n]
+            print(f"warning: no training image of {', '.join(missing)}", flush=True)
     measured = {}
     for label, stages, _ in networks:
         features = zip(extract(stages, train, args, device, f"{label}, training"),

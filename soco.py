@@ -99,9 +99,13 @@ class Proposed(Dataset):
         i, image = self.images.numbered(index)
         if self.boxes is None:
             return image, random_boxes(image.shape[2], image.shape[1])
-        boxes, searched = self.boxes[self.start[i]:self.end[i]], self.sizes[i]  # 0 0: not known
-        size, turned = image.shape[:0:-1], getattr(self.images, "turned", [False] * len(self))
-        if (*searched,) != size if searched.any() else turned[i] or (boxes > [*size] * 2).any():
+        boxes, size = self.boxes[self.start[i]:self.end[i]], [image.shape[2], image.shape[1]]
+        if self.sizes[i].any():
+            fits = self.sizes[i].tolist() == size
+        else:  # its size was not kept, as of files that were written before images were turned
+            turned = getattr(self.images, "turned", None)  # which scenes have not
+            fits = (turned is None or not turned[i]) and not (boxes > size * 2).any()
+        if not fits:
             raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
                              "size or orientation: delete their file, and search anew")
         return image, torch.from_numpy(boxes).float()

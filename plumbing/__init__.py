@@ -1,1 +1,1 @@
-"""What no paper claims: images, runs, weight files."""
+"""What no paper claims: files, images, runs, figures, weights."""

@@ -74,9 +74,10 @@ def _decode(path):
     the file has 16 bits, else 65535."""
     with _open(path) as image:
         _refuse_misread(image, path)
-        grey = image.mode.startswith("I")  # of 16 bits; colour of 16 bits is RGB here
-        colour = image.format != "JPEG" and not grey and ("65535)" in str(image.tile)
-                                                          or ";16" in str(image.tile))
+        grey, layout = image.mode.startswith("I"), ""  # grey of 16 bits; colour of 16 is RGB here
+        if image.format != "JPEG":
+            layout = str(image.tile)
+        colour = not grey and (";16" in layout or "65535)" in layout)  # the latter of PPM
         if image.format == "PNG":
             image.load()  # its EXIF may stand behind the pixels
         turned, largest = _orientation(image) != 1, 65535
