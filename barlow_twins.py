@@ -40,10 +40,10 @@ from torchvision.ops import MLP
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
+from plumbing.flags import (Parser, add_data_arguments, add_normalisation_arguments,
+                            add_run_arguments, fit_recipe, parse_recipe, real, whole)
 from plumbing.images import augment_colour, measure_normalisation, open_images, two_views
-from plumbing.run import (Parser, Run, add_data_arguments, add_normalisation_arguments,
-                          add_run_arguments, distribute, fit_recipe, launch, mixed_precision,
-                          parse_recipe, real, whole)
+from plumbing.run import Run, distribute, launch, mixed_precision
 
 # Differs: the learning rate of weights follows the batch size, as the authors advise for 300 epochs
 # (github.com/facebookresearch/barlowtwins/issues/7); batch size -> rate per 256 images

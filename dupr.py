@@ -51,10 +51,10 @@ from torchvision.transforms import RandAugment
 from common import (InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups, box_into_view,
                     contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
                     momentum_update, rank, resnet_stages, world_size)
+from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
+                            real, whole)
 from plumbing.images import augment_colour, open_images, two_views
-from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, check_queue,
-                          distribute, fit_recipe, launch, mixed_precision, parse_recipe, real,
-                          whole)
+from plumbing.run import Run, check_queue, distribute, launch, mixed_precision
 
 
 class ColourAugment(RandAugment):

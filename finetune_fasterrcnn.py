@@ -35,9 +35,9 @@ from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.models import detect, detector_from_args, draw_detections, load_fine_tuned, restore
+from plumbing.flags import Parser, add_normalisation_arguments, add_run_arguments, real, whole
 from plumbing.images import leave_signals_to_trainer, steps_per_epoch
-from plumbing.run import (Parser, Run, add_normalisation_arguments, add_run_arguments, distribute,
-                          gather_objects, launch, mixed_precision, real, whole)
+from plumbing.run import Run, distribute, gather_objects, launch, mixed_precision
 
 # What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, the drops,
 # VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.

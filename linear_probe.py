@@ -33,9 +33,9 @@ from common import InputError, all_reduce_sum, rank, world_size
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
 from plumbing.figures import PALETTE
 from plumbing.files import COPIES, ImageFiles, ImageFolder
+from plumbing.flags import Parser, add_backbone_arguments, real, whole
 from plumbing.images import leave_signals_to_trainer, seed_for
-from plumbing.run import (Parser, add_backbone_arguments, distribute, gather_objects, launch, real,
-                          whole)
+from plumbing.run import distribute, gather_objects, launch
 from plumbing.weights import LEVELS, load_backbones
 
 

@@ -44,8 +44,9 @@ from torchvision.transforms.v2.functional import resize
 
 from common import InputError
 from plumbing.files import ImageFiles, ImageFolder
+from plumbing.flags import Parser, whole
 from plumbing.images import map_numbers
-from plumbing.run import Parser, launch, whole
+from plumbing.run import launch
 
 # Differs: two of the paper's strategies
 STRATEGIES = {  # colours, terms of the similarity, k

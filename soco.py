@@ -56,9 +56,10 @@ from torchvision.transforms.v2.functional import resize
 
 from common import (LARS, InputError, View, box_into_view, cosine_schedule, momentum_update, rank,
                     resnet_stages, world_size)
+from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
+                            real, whole)
 from plumbing.images import augment_colour, open_images, random_resized_crop
-from plumbing.run import (Parser, Run, add_data_arguments, add_run_arguments, distribute,
-                          fit_recipe, launch, mixed_precision, parse_recipe, real, whole)
+from plumbing.run import Run, distribute, launch, mixed_precision
 from plumbing.weights import save_tensors
 from selective_search import read_proposals, search
 

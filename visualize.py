@@ -36,8 +36,9 @@ from detection.models import (Pyramid, detect, detector_from_args, draw_detectio
 from plumbing.figures import (draw_curves, image_grid, mark_places, outline, read_log,
                               shared_columns, show)
 from plumbing.files import ImageFolder
+from plumbing.flags import Parser, add_backbone_arguments, whole
 from plumbing.images import augment_colour, two_views
-from plumbing.run import Parser, add_backbone_arguments, launch, whole
+from plumbing.run import launch
 from plumbing.weights import LEVELS, load_backbones, load_checkpoint, name_weights
 from selective_search import propose
 

@@ -34,8 +34,9 @@ import moco_v2
 import soco
 import vicreg
 from common import InputError, View
+from plumbing.flags import fit_recipe
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
-from plumbing.run import Run, distribute, fit_recipe
+from plumbing.run import Run, distribute
 from plumbing.weights import load_checkpoint
 from scenes import Scenes
 

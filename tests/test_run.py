@@ -29,9 +29,9 @@ import moco_v2
 from common import InputError, Queue, cosine_schedule
 from plumbing import run as plumbing
 from plumbing.figures import read_log
+from plumbing.flags import Parser, add_run_arguments, fit_recipe, real, whole
 from plumbing.images import open_images, seed_for
-from plumbing.run import (Parser, Run, add_run_arguments, check_queue, distribute, fit_recipe,
-                          gather_objects, launch, mixed_precision, real, whole)
+from plumbing.run import Run, check_queue, distribute, gather_objects, launch, mixed_precision
 from plumbing.weights import load_checkpoint
 
 CPU = torch.device("cpu")
