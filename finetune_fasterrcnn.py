@@ -22,6 +22,7 @@ Splits, for --train-split and --test-split; several are joined
           my.json:photos  DIR/my.json, images in DIR/photos
 """
 import json
+import math
 import os
 import time
 
@@ -34,10 +35,12 @@ from torchvision.ops._utils import split_normalization_params
 from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
-from detection.models import detect, detector_from_args, draw_detections, load_fine_tuned, restore
+from detection.models import (detect, detector_from_args, load_fine_tuned, restore,
+                              training_bytes)
 from plumbing.flags import Parser, add_normalisation_arguments, add_run_arguments, real, whole
 from plumbing.images import leave_signals_to_trainer, steps_per_epoch
-from plumbing.run import Run, distribute, gather_objects, launch, mixed_precision
+from plumbing.run import (Run, distribute, free_memory, gather_objects, launch,
+                          mixed_precision)
 
 # What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, the drops,
 # VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.
@@ -60,10 +63,10 @@ SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[1
 
 
 def fit_iterations(args, images):
-    """With --small: so many iterations that each of the images is seen 2.4 times, but at least 300
-    and at most 3,000, unless --iterations says it."""
+    """With --small: so many iterations that each of the images is seen eight times, but at least
+    300 and at most 3,000, unless --iterations says it."""
     if args.small and args.iterations is None:
-        args.iterations = min(3000, max(300, round(2.4 * images / args.batch_size)))
+        args.iterations = min(3000, max(300, round(8 * images / args.batch_size)))
 
 
 def evaluate(model, dataset, args, device, run):
@@ -99,10 +102,11 @@ def measure(model, dataset, args, device, run):
     ap["per_class"] = {dataset.classes[label]: v for label, v in ap["per_class"].items()}
     if rank() == 0:
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
-        items = [dataset[i] for i in range(min(6, len(dataset)))]
+        from plumbing.figures import draw_detections
+        items = [dataset[i] for i in range(min(4, len(dataset)))]
         found = detect(model, [image for image, _ in items], device)
-        figure = draw_detections(items, {"detections": found}, dataset.classes)
-        figure.savefig(run.out / "detections.png", dpi=80)
+        figure = draw_detections(items, {"found": found}, dataset.classes)
+        figure.savefig(run.out / "detections.png")
     tables = {"by COCO's rules": {k: v for k, v in ap.items() if k.startswith("AP")},
               "by VOC07's 11-point rule": ap.get("VOC07", {}), "AP by class": ap["per_class"]}
     for name, values in tables.items():
@@ -182,6 +186,14 @@ def data_sets(args):
     return train_set, test_set
 
 
+def bytes_of_a_step(model, args, device):
+    """About how much memory an iteration takes in this process, or in all that share a CPU."""
+    on_gpu = device.type == "cuda"
+    images = math.ceil(args.batch_size / world_size()) if on_gpu else args.batch_size
+    needed = training_bytes(model, images, args.min_size[-1], args.max_size, args.rois)
+    return needed / 2 if on_gpu and args.precision != "float32" else needed
+
+
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     train_set, test_set = data_sets(args)
@@ -192,7 +204,9 @@ def train(args, device):
         run = Run(args, "finetune_fasterrcnn", test_set, steps=0)
         return measure(model, test_set, args, device, run)
     # Differs: on CPUs batch norm is not synchronised, as torch cannot
-    model, ddp = distribute(detector_from_args(args), device, sync_batch_norm=True)
+    model = detector_from_args(args)
+    needed = bytes_of_a_step(model, args, device)
+    model, ddp = distribute(model, device, sync_batch_norm=True)
     if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     per_epoch = steps_per_epoch(train_set, args.batch_size)
@@ -208,6 +222,10 @@ def train(args, device):
     if device.type == "cpu" and max(args.min_size) >= 400:
         run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
                 f"{max(args.min_size)} pixels are for GPUs: on a CPU use --small")
+    if needed > free_memory(device):
+        run.say(f"warning: an iteration needs about {needed / 2 ** 30:.1f} GiB of memory, and "
+                f"{free_memory(device) / 2 ** 30:.1f} are free: use a smaller --batch-size or "
+                "--max-size, or --small")
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.
     mixed = mixed_precision(args, device)

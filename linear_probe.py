@@ -31,7 +31,7 @@ from torchvision.transforms.v2.functional import center_crop, normalize, resize
 
 from common import InputError, all_reduce_sum, rank, world_size
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
-from plumbing.figures import PALETTE
+from plumbing.figures import PAGE
 from plumbing.files import COPIES, ImageFiles, ImageFolder
 from plumbing.flags import Parser, add_backbone_arguments, real, whole
 from plumbing.images import leave_signals_to_trainer, seed_for
@@ -259,14 +259,13 @@ def report(measured, metric, chance, args):
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "probe.json").write_text(json.dumps(content, indent=2) + "\n")
-    figure = Figure((6, 4), layout="constrained")
-    axes = figure.add_subplot(title="linear probe", xlabel="level", ylabel=f"{metric} (%)")
-    axes.set_prop_cycle(color=PALETTE)
-    axes.plot(args.levels, table, "o-", label=[*measured])
+    figure = Figure((0.7 * PAGE, 0.45 * PAGE))
+    axes = figure.add_subplot(xlabel="level", ylabel=f"{metric} (%)")
+    axes.plot([level.capitalize() for level in args.levels], table, "o-", label=[*measured])
     axes.axhline(100 * chance, color="0.4", ls="--", label="chance")
-    axes.grid(alpha=0.3)
+    axes.grid()
     axes.legend()
-    figure.savefig(out / "probe.png", dpi=100)
+    figure.savefig(out / "probe.png")
     print(f"{out}/probe.json and probe.png hold it", flush=True)
 
 

@@ -31,12 +31,12 @@ from torchvision.utils import make_grid
 
 from common import InputError, box_into_view
 from detection.data import TEST_SPLITS, Annotated, LabelledScenes
-from detection.models import (Pyramid, detect, detector_from_args, draw_detections,
-                              load_fine_tuned, load_part, restore)
-from plumbing.figures import (draw_curves, image_grid, mark_places, outline, read_log,
-                              shared_columns, show)
+from detection.models import (Pyramid, detect, detector_from_args, load_fine_tuned, load_part,
+                              restore)
+from plumbing.figures import (PAGE, PALETTE, draw_curves, draw_detections, image_grid, mark_places,
+                              outline, read_log, shared_columns, show)
 from plumbing.files import ImageFolder
-from plumbing.flags import Parser, add_backbone_arguments, whole
+from plumbing.flags import Parser, add_backbone_arguments, real, whole
 from plumbing.images import augment_colour, two_views
 from plumbing.run import launch
 from plumbing.weights import LEVELS, load_backbones, load_checkpoint, name_weights
@@ -44,11 +44,12 @@ from selective_search import propose
 
 METHODS = {  # module: the method's name in its paper, and what its network has to do
     "moco_v2": ("MoCo v2", "1 must match 2 among other images"),
-    "detco": ("DetCo", "as MoCo v2, at four stages; nine patches of 3 must match those of 4 and 2"),
-    "dupr": ("DUPR", "as MoCo v2, at four stages; each place (colour) in 1 must match that in 2"),
-    "soco": ("SoCo", "each box (colour) must have one embedding in all views; no other images"),
+    "detco": ("DetCo", "as MoCo v2 at four stages; nine patches: 3 must match 4 and 2"),
+    "dupr": ("DUPR", "as MoCo v2 at four stages; a place (colour) in 1 must match 2's"),
+    "soco": ("SoCo", "a box (colour) must have one embedding in all views"),
     "barlow_twins": ("Barlow Twins", "dimensions must agree in 1 and 2, but not with each other"),
-    "vicreg": ("VICReg", "1 and 2 must have the same embedding, of varied, unrelated dimensions")}
+    "vicreg": ("VICReg", "1 and 2 must have one embedding, of varied, unrelated dimensions")}
+FEWEST_BATCHES = 10  # in a histogram of the figure similarity
 
 
 def pictures(args):
@@ -173,14 +174,16 @@ def attention(args, device):
     """Where the level is active, over the image (DetCo, Fig. 5 and 6)."""
     items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
     pixels, rows = squares(items, args, device), []
-    figure, axes = image_grid(len(items), [1] * (1 + len(networks)),
-                              f"mean of {args.level} over channels")
+    figure, axes = image_grid([image.shape[1] / image.shape[2] for image, _ in items],
+                              [1] * (1 + len(networks)),
+                              f"mean of {args.level.capitalize()} over channels, "
+                              "from the least (dark) to the most (light) of an image")
     for column, (label, stages, _) in enumerate(networks, 1):
         level = stages(pixels)[LEVELS.index(args.level)].float().cpu()
         for i, (mapped, (image, truth)) in enumerate(zip(attention_map(level, args.size), items)):
             show(axes[i, 0], image)
             show(axes[i, column], image)
-            show(axes[i, column], image, label, mapped, cmap="inferno", alpha=0.65)
+            show(axes[i, column], image, "" if i else label, mapped, cmap="inferno", alpha=0.65)
             row = dict(weights=label, image=i, share_above_half=(mapped > 0.5).float().mean())
             if truth is not None:
                 inside = torch.zeros(args.size, args.size, dtype=torch.bool)
@@ -201,15 +204,15 @@ def retrieval(args, device):
         x = squares([(image, truth)], args, device)
         for label, stages, _ in networks:
             features[label].append(pooled(stages, x)[LEVELS.index(args.level)].float().cpu())
-        small.append(resize(image, [96, 96], antialias=True))
+        small.append(resize(image, None, max_size=96, antialias=True))
         classes.append({*truth["labels"].tolist()} if truth else set())
     if len(small) < 2:
         raise InputError("retrieval needs two images or more")
     share = torch.tensor([[not own.isdisjoint(other) for other in classes] for own in classes])
     share.fill_diagonal_(False)  # (n, n): a class in common
-    title = f"nearest by the mean of {args.level}, and their cosine" + (
-        "; blue: a class in common" if truth else "")
-    figure, axes = image_grid(min(args.rows, len(small)) * len(networks), [1] * 10, title)
+    title = f"images most like the first, by the mean of {args.level.capitalize()}: cosine" + (
+        "; framed: a class in common" if truth else "")
+    figure, axes = image_grid([1] * (min(args.rows, len(small)) * len(networks)), [1] * 10, title)
     for n, (label, parts) in enumerate(features.items()):
         nearest, cosine = neighbours(torch.cat(parts))  # (n, 9) each
         for i, line in enumerate(axes[n::len(networks)]):
@@ -217,7 +220,7 @@ def retrieval(args, device):
             for ax, j, value in zip(line[1:], nearest[i].tolist(), cosine[i]):
                 show(ax, small[j], below=f"{value:.3f}")
                 if share[i, j]:
-                    ax.spines[:].set(color="C0", linewidth=2)
+                    ax.spines[:].set(color="C5", linewidth=2.5)
         row = dict(weights=label, images=len(small), first_cosine=cosine[:, 0].mean(),
                    last_cosine=cosine[:, -1].mean())
         if truth:
@@ -251,14 +254,13 @@ def similarity(args, device):
                           in zip(args.weights, load_backbones(args, device))]
     recipes = [own for *_, own in encoders if own]
     recipe = recipes[0] if recipes else detco.parse_args(["--data", args.data] if args.data else [])
-    figure = Figure((9, 1.8 * len(encoders) + 0.4), layout="constrained")
-    axes = figure.subplots(len(encoders), 2, squeeze=False)
-    for line, label, (encode_q, encode_k, i, _) in zip(axes, args.labels, encoders):
+    measured = {}
+    for label, (encode_q, encode_k, i, _) in zip(args.labels, encoders):
         torch.manual_seed(args.seed)
         images, means = pictures(args), []
-        for _ in range(math.ceil(args.images / 32)):
+        for _ in range(args.images // 32):
             batch = [detco.cut_views(image, recipe) for image, _ in islice(images, 32)]
-            if len(batch) < 2:  # no negative pair
+            if len(batch) < 32:
                 break
             view_q, view_k, (local, corners), _ = default_collate(batch)
             q, k, patches = (augment_colour(view.pixels.to(device), p_blur=recipe.p_blur,
@@ -267,18 +269,29 @@ def similarity(args, device):
             patches = detco.cut_patches(patches, corners.to(device), recipe.patch_size)
             k = encode_k(k)[i]
             means.append([pair_similarity(encode_q(x)[i], k) for x in (q, patches)])
-        if not means:
-            raise InputError("similarity needs two images or more")
-        row = dict(weights=label, batches=len(means))
-        for ax, kind, values in zip(line, ("positive", "negative"), torch.tensor(means).unbind(2)):
-            for query, part in zip(("global", "local"), values.unbind(1)):  # (batches,) each
-                row[f"{kind}_{query}"] = mean = part.mean()
-                ax.hist(part.numpy(), np.linspace(1 / np.e, np.e, 200),
-                        label=f"{query}-global: {mean:.3f}")
-            row[f"{kind}_difference"] = (values[:, 0] - values[:, 1]).mean()
-            ax.set_title(f"{label}: exp(cosine) of {kind} pairs", fontsize=9)
-            ax.legend(fontsize=8, loc="upper left")
+        if len(means) < FEWEST_BATCHES:
+            raise InputError("similarity is a histogram of means over 32 images each, and needs "
+                             f"{32 * FEWEST_BATCHES} images or more")
+        measured[label] = torch.tensor(means)  # (batches, global and local, positive and negative)
+    figure = Figure((PAGE, 1.3 * len(measured) + 0.6))
+    axes = figure.subplots(len(measured), 2, squeeze=False, sharex=True)
+    everything = torch.stack([*measured.values()])
+    bins = np.linspace(everything.min().item(), everything.max().item(), 41)
+    for line, (label, values) in zip(axes, measured.items()):
+        row = dict(weights=label, batches=len(values))
+        line[0].set_ylabel(f"{label}\nbatches")
+        for ax, kind, part in zip(line, ("positive", "negative"), values.unbind(2)):
+            for query, means in zip(("global", "local"), part.unbind(1)):  # (batches,) each
+                row[f"{kind}_{query}"] = mean = means.mean()
+                ax.hist(means.numpy(), bins, label=f"{query}-global {mean:.3f}")
+            row[f"{kind}_difference"] = (part[:, 0] - part[:, 1]).mean()
+            ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=2, frameon=False,
+                      handlelength=0.8, columnspacing=1)
+            ax.yaxis.get_major_locator().set_params(integer=True)
         rows.append(row)
+    for ax, kind in zip(axes[0], ("positive", "negative")):
+        ax.set_title(f"{kind} pairs", pad=22)
+    figure.supxlabel("exp(cosine), mean over 32 images", fontsize=10)
     return figure, rows
 
 
@@ -308,9 +321,9 @@ def iou_similarity(args, device):
     bins = (10 * ious).long().clamp(max=9)
     bins = [bins == b for b in bins.unique()]
     rows = [dict(iou=ious[inside].mean(), boxes=inside.sum()) for inside in bins]
-    figure = Figure((7, 4), layout="constrained")
+    figure = Figure((0.7 * PAGE, 0.5 * PAGE))
     axes = figure.add_subplot(xlabel="IoU with the annotated box",
-                              ylabel=f"similarity of {args.level} (Eq. 9)")
+                              ylabel=f"cosine similarity of {args.level.capitalize()}")
     for label, found in values.items():
         for row, inside in zip(rows, bins):
             part = torch.cat(found)[inside]
@@ -319,8 +332,8 @@ def iou_similarity(args, device):
                               for name in ("iou", f"{label} mean", f"{label} deviation"))
         axes.plot(x, mean, label=label)
         axes.fill_between(x, mean - deviation, mean + deviation, alpha=0.15)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    axes.grid()
+    axes.legend(title="mean ± deviation over boxes", loc="lower right", title_fontsize=9)
     return figure, rows
 
 
@@ -333,8 +346,7 @@ def correspondence(args, device):
                              std=(1, 1, 1)) for pair in pairs]  # 0..1
     shown = min(args.rows, len(pairs))
     # the first pairs, and of the positions of each about 40, evenly
-    figure, axes = image_grid(len(networks), [2] * shown, f"most similar positions of {args.level};"
-                              " blue: at most one cell off, orange: wrong")
+    figure, axes = image_grid([0.5] * len(networks), [1] * shown)
     for line, (label, stages, _) in zip(axes, networks):
         counts = torch.zeros(3)
         for i, (pair, x) in enumerate(zip(pairs, pixels)):
@@ -344,7 +356,7 @@ def correspondence(args, device):
             if i < shown:
                 (one, other), gap = x.clamp(0, 1), args.size // 16
                 show(line[i], torch.cat([F.pad(one, (0, gap), value=1), other], dim=2),
-                     f"{label}: {right.sum()} of {seen.sum()} right")
+                     f"{right.sum()} of {seen.sum()} right")
                 ends = torch.stack([points, found + torch.tensor([args.size + gap, 0])])
                 drawn = seen & (seen.cumsum(0) % math.ceil(max(1, seen.sum() / 40)) == 0)
                 for colour, chosen in (("C1", drawn & ~right), ("C0", drawn & right)):
@@ -352,11 +364,13 @@ def correspondence(args, device):
                                  linewidth=1.2, markersize=5, path_effects=[
                                      withStroke(linewidth=2.2, foreground="white")])
         right, seen, chance = counts.tolist()
-        line[0].set_title(f"{line[0].get_title()}; of {len(pairs)} pairs "
-                          f"{right / max(1, seen):.0%}, by chance {chance / max(1, seen):.0%}",
-                          fontsize=8)
+        line[0].set_ylabel(f"{label}\n{right / max(1, seen):.0%} right", rotation=90, ha="center",
+                           va="bottom")
         rows.append(dict(weights=label, pairs=len(pairs), positions=int(seen), right=int(right),
                          share=right / max(1, seen), chance=chance / max(1, seen)))
+    figure.suptitle(f"most similar places of {args.level.capitalize()}: blue right (at most one "
+                    f"cell off), orange wrong\nleft: of all places of {len(pairs)} pairs; by "
+                    f"chance {rows[0]['chance']:.0%}")
     return figure, rows
 
 
@@ -365,8 +379,9 @@ def features(args, device):
     file has an FPN."""
     items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
     x, rows = squares(items, args, device), []
-    title = "mean of each level over channels"
-    figure, axes = image_grid(len(items) * len(networks), [1] * 5, title)
+    heights = [image.shape[1] / image.shape[2] for image, _ in items for _ in networks]
+    figure, axes = image_grid(heights, [1] * 5, "mean of each level over channels: from the least "
+                              "(dark) to the most (light)")
     for n, (label, network, rest) in enumerate(networks):
         lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.0.0.weight")]
         if lateral:
@@ -378,7 +393,7 @@ def features(args, device):
             show(line[0], image, left=label)
             for number, ax, level in zip(range(2, 6), line[1:], levels):
                 name, mean = f"{'P' if lateral else 'Res'}{number}", level[i].float().mean(0).cpu()
-                show(ax, image, f"{name}: {mean.min():.2g} to {mean.max():.2g}", mean)
+                show(ax, image, name, mean, f"{mean.min():.2g} to {mean.max():.2g}")
                 rows.append(dict(weights=label, image=i, level=name, least=mean.min(),
                                  mean=mean.mean(), most=mean.max()))
     return figure, rows
@@ -408,12 +423,13 @@ def detections(args, device):
             restore(model, tuned[path], path)
         found[label] = detect(model.eval().to(device), [image for image, _ in items], device)
         for i, (seen, (_, truth)) in enumerate(zip(found[label], items)):
-            hit = box_iou(truth["boxes"].float(), seen["boxes"][:5]) >= 0.5  # the 5 that are drawn
-            hit &= truth["labels"][:, None] == seen["labels"][:5]
+            drawn = seen["scores"] >= args.score
+            hit = box_iou(truth["boxes"].float(), seen["boxes"][drawn]) >= 0.5
+            hit &= truth["labels"][:, None] == seen["labels"][drawn]
             rows.append(dict(weights=label, image=i, annotated=len(truth["boxes"]),
                              found=hit.any(1).sum(), detections=len(seen["boxes"]),
-                             best_score=max([0.0, *seen["scores"].tolist()])))
-    return draw_detections(items, found, args.classes), rows
+                             drawn=drawn.sum(), best_score=max([0.0, *seen["scores"].tolist()])))
+    return draw_detections(items, found, args.classes, args.score), rows
 
 
 def views_of(method, image, args):
@@ -456,27 +472,28 @@ def views_of(method, image, args):
 def views(args, _device):
     """An image, and what each method's network gets of it (SoCo's fourth view: SoCo* only)."""
     (image, _), rows = next(pictures(args)), []
-    figure, axes = image_grid(len(args.methods), [image.shape[2] / image.shape[1], 1, 1, 1, 1])
+    widths = [image.shape[2] / image.shape[1], 1, 1, 1, 1]
+    figure, axes = image_grid([1] * len(args.methods), widths)
     for name, line in zip(args.methods, axes):
         torch.manual_seed(args.seed)
         method, (title, text) = importlib.import_module(name), METHODS[name]
         recipe = method.parse_args(["--data", args.data] if args.data else [])
         show(line[0], image)
-        line[0].set_title(title, loc="left", fontsize=11, weight="bold")
-        line[1].text(0, 1.05, text, fontsize=10, transform=line[1].transAxes, in_layout=False)
+        line[0].set_title(title, loc="left", weight="bold")
+        line[1].text(0, 1.06, text, fontsize=9, transform=line[1].transAxes, in_layout=False)
         seen, side = views_of(method, image, recipe), 7 if args.data else 4  # of DUPR's places
         for i, (view, pixels, shared) in enumerate(seen, 1):
             size, flipped = view.pixels.shape[-1], ", flipped" if view.flipped else ""
-            outline(line[0], view.box.tolist(), "black", str(i), corner=i - 1)
             show(line[i], pixels, below=f"{i}: {size} px{flipped}")
             rows.append(dict(method=name, view=i, pixels=size, flipped=int(view.flipped),
                              **dict(zip(("x1", "y1", "x2", "y2"), view.box.tolist()))))
             if name == "dupr" and shared:
                 mark_places(line[i], *shared, side)
             elif name == "soco":
-                for j, (level, box) in enumerate(shared):
-                    outline(line[i], box, f"C{j}", level, corner=j)
-                rows[-1]["levels"] = " ".join(level for level, _ in shared)
+                levels, boxes = zip(*shared)
+                outline(line[i], boxes, PALETTE, levels)
+                rows[-1]["levels"] = " ".join(levels)
+        outline(line[0], [view.box.tolist() for view, *_ in seen], ["black"] * 4, "1234")
         if name == "dupr" and shared:
             (box,), _ = method.intersect(*(view.box[None] for view, *_ in seen))
             mark_places(line[0], box.tolist(), False, side)
@@ -514,7 +531,7 @@ FIGURES = {  # name: function; level, images measured, drawn
     "similarity": (similarity, "res5", 3200, 1), "features": (features, "res5", 1000, 1),
     "iou-similarity": (iou_similarity, "res4", 200, 1), "views": (views, "res5", 1000, 1),
     "correspondence": (correspondence, "res4", 50, 2), "curves": (curves, "res5", 1000, 1),
-    "detections": (detections, "res5", 1000, 6)}
+    "detections": (detections, "res5", 1000, 4)}
 
 
 def print_table(rows, path=None):
@@ -539,7 +556,7 @@ def visualize(args, device):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure, rows = FIGURES[args.figure][0](args, device)
     if figure:
-        figure.savefig(args.out, dpi=100)
+        figure.savefig(args.out)
     print_table(rows, args.csv)
     print(f"{args.out} is the figure")
 
@@ -557,6 +574,7 @@ def parse_args(argv=None):
     add("--images", type=whole(1), help="how many are measured, drawn by --seed")
     add("--rows", type=whole(1), help="how many of them are drawn")
     add("--size", type=whole(32), help="side of an image in pixels; similarity and views ignore it")
+    add("--score", type=real(0, 1), default=0.3, help="least score of a detection that is drawn")
     add("--level", choices=LEVELS, help="of the backbone (default: the paper's)")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
     add("--out", help="picture to write, .png, .jpg, .pdf or .svg (default: runs/FIGURE.png)")

@@ -5,6 +5,7 @@
 and batch norm trains with them: self-supervised features are of another scale than supervised ones,
 and frozen statistics would not fit them.
 """
+import copy
 from collections import OrderedDict
 from functools import partial
 
@@ -172,27 +173,17 @@ def detect(model, images, device):
             for f in found]
 
 
-def draw_detections(items, found, classes, best=5):
-    """A figure of some items of a data set: their annotations, and below them the best detections
-    of each detector.  found: the detector's name -> what detect returns for the items."""
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-    figure = Figure((2.6 * len(items), 2.8 * (1 + len(found))), layout="constrained")
-    shown = {"annotations": [truth for _, truth in items],
-             **{f"{name}: {best} best": detections for name, detections in found.items()}}
-    rows = figure.subplots(len(shown), len(items), squeeze=False)
-    for row, (title, seen) in zip(rows, shown.items()):
-        row[0].set_title(title, loc="left")
-        for axes, (image, _), objects in zip(row, items, seen):
-            axes.imshow(image.permute(1, 2, 0).numpy())
-            axes.set_axis_off()
-            scores = objects.get("scores")  # best first; annotations have none
-            number = None if scores is None else best
-            for i, (x1, y1, x2, y2) in enumerate(objects["boxes"][:number].tolist()):
-                label = int(objects["labels"][i])
-                text = classes[label] if scores is None else f"{classes[label]} {scores[i]:.2f}"
-                colour = f"C{label % 10}"
-                axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=2))
-                axes.text(x1, y1, text, fontsize=8, color="white", va="bottom",
-                          bbox=dict(facecolor=colour, edgecolor="none", pad=1))
-    return figure
+def training_bytes(model, images, height, width, rois):
+    """About how much memory a training step takes in float32: what the layers put out for the
+    backward pass, of that many images of this size, and weights, gradients and momentum."""
+    model, total = copy.deepcopy(model).to("meta"), [0]
+    for module in model.modules():
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+            module.register_forward_hook(
+                lambda _module, _inputs, output: total.append(4 * output.numel()))
+    maps = model.backbone(torch.empty(images, 3, height, width, device="meta"))
+    maps = [*maps.values()] if isinstance(maps, dict) else [maps]
+    model.rpn.head(maps)
+    size = model.roi_heads.box_roi_pool.output_size
+    model.roi_heads.box_head(torch.empty(images * rois, maps[0].shape[1], *size, device="meta"))
+    return sum(total) + 12 * sum(p.numel() for p in model.parameters())

@@ -1,11 +1,16 @@
-"""How the commands draw: the curves of runs, the correlation of embeddings, and visualize.py's
-images in a grid, with what lies over them.  Importing it takes half a second, for matplotlib."""
+"""How the commands draw: the curves of runs, the correlation of embeddings, detections, and
+visualize.py's images in a grid, with what lies over them.
+
+Figures are as wide as a page's text, and their letters so large that they can be read at half of
+that, a column's width.  Importing this file takes half a second, for matplotlib.
+"""
 import csv
 import math
 import re
 
 import matplotlib
 import numpy as np
+import torch
 import torch.nn.functional as F
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
@@ -15,7 +20,12 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 PALETTE = ["#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000"]
-matplotlib.rcParams["axes.prop_cycle"] = matplotlib.cycler(color=PALETTE)  # C0, C1, ...
+PAGE = 6.5  # inches
+matplotlib.rcParams.update({
+    "axes.prop_cycle": matplotlib.cycler(color=PALETTE),  # C0, C1, ...
+    "font.size": 10, "axes.titlesize": 10, "figure.titlesize": 10, "legend.fontsize": 9,
+    "grid.alpha": 0.3, "pdf.fonttype": 42,
+    "figure.constrained_layout.use": True, "savefig.dpi": 150, "savefig.bbox": "tight"})
 
 
 def read_log(path):
@@ -63,43 +73,48 @@ def draw_curves(logs, path):
     for column in shared_columns(logs):
         if single or panel_of(column) != "parts":
             panels.setdefault(panel_of(column), []).append(column)
+    if "parts" in panels:  # last, since its legend is below it
+        panels["parts"] = panels.pop("parts")
     across = min(2, len(panels))
     down = math.ceil(len(panels) / across)
-    figure = Figure((3.6 * across, 2.8 * down), layout="constrained")
+    figure = Figure((PAGE * across / 2, 2.6 * down))
     for i, (panel, columns) in enumerate(panels.items()):
         axes = figure.add_subplot(down, across, i + 1)
         kinds = list(dict.fromkeys(LEVEL.sub("", column) for column in columns))
-        for run, (label, rows) in enumerate(logs.items()):
+        for run, rows in enumerate(logs.values()):
             for number, column in enumerate(columns):
                 if column not in rows[0]:
                     continue
                 level, kind = LEVEL.search(column), kinds.index(LEVEL.sub("", column))
                 chance = column.endswith("chance")
                 colour = run if not single else int(level[0][-1]) - 2 if level else number
-                name = " ".join(WORDS.get(word, word) for word in column.split("_"))
-                text = name if single else label if number == 0 else f"{label}, {name}"
+                words = column.split("_")
+                words = words[1:] if len(words) > 1 and words[0] == panel != "deviation" else words
                 style = ("-", ":", "-.")[kind % 3 if level or not single else 0]
                 axes.plot([row["epoch"] for row in rows], [row[column] for row in rows],
-                          "--" if chance else style, label=text, lw=1.2,
+                          "--" if chance else style, lw=1.2,
+                          label=" ".join(WORDS.get(word, word) for word in words),
                           color="0.4" if chance and single else PALETTE[colour % len(PALETTE)])
-        axes.set_title(TITLES.get(panel, panel.replace("_", " ")), fontsize=9)
-        axes.set_xlabel("epoch", fontsize=8)
-        axes.tick_params(labelsize=8)
+        axes.set(title=TITLES.get(panel, panel.replace("_", " ")), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        if single and len(axes.lines) > 6:  # too many to name each: levels by colour, kinds by line
-            keys = {}
-            for line in axes.lines:
-                level, name = re.search("Res[2-5]", line.get_label()), line.get_label()
-                kind = "chance" if name.endswith("chance") else re.sub(" ?Res[2-5]", "", name)
-                keys[kind] = Line2D([], [], color="0.3", ls=line.get_linestyle(), label=kind)
-                if level:
-                    keys[level[0]] = Line2D([], [], color=line.get_color(), label=level[0], lw=3)
-            axes.legend(handles=list(keys.values()), fontsize=7, ncols=4, loc="upper center",
-                        bbox_to_anchor=(0.5, -0.2))
-        elif len(axes.lines) > 1:
-            axes.legend(fontsize=7)
-    figure.savefig(path, dpi=150)
+        axes.grid()
+        kinds, levels = {}, {}  # with levels by colour or runs by colour: kinds by line
+        for line in axes.lines:
+            level, name = re.search("Res[2-5]", line.get_label()), line.get_label()
+            kind = "chance" if name.endswith("chance") else re.sub(" ?Res[2-5]", "", name)
+            kinds[kind] = Line2D([], [], color="0.3", ls=line.get_linestyle(), label=kind)
+            if level:
+                levels[level[0]] = Line2D([], [], color=line.get_color(), label=level[0], lw=3)
+        if single and levels:
+            axes.legend(handles=[*kinds.values(), *levels.values()], ncols=2, loc="upper center",
+                        bbox_to_anchor=(0.5, -0.22))
+        elif len(kinds) > 1:
+            axes.legend(handles=None if single else [*kinds.values()])
+    if not single:
+        figure.legend(handles=[Line2D([], [], color=PALETTE[run % len(PALETTE)], label=label)
+                               for run, label in enumerate(logs)],
+                      loc="outside upper center", ncols=min(4, len(logs)))
+    figure.savefig(path)
 
 
 def draw_correlation(z1, z2, path):
@@ -111,37 +126,40 @@ def draw_correlation(z1, z2, path):
     number, dim = z1.shape
     z1, z2 = (F.normalize(z.double() - z.double().mean(0), dim=0) for z in (z1, z2))
     matrix = (z1.T @ z2).cpu().numpy()
-    figure = Figure((11, 5), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure((PAGE, 0.5 * PAGE))
+    left, right = figure.subplots(1, 2, width_ratios=[1.2, 1])
     image = left.imshow(matrix[:128, :128], "RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
-    left.set(title=f"correlation over {number} pairs, dimensions 1 to {min(dim, 128)} of {dim}",
+    left.set(title=f"correlation over {number} pairs,\ndimensions 1 to {min(dim, 128)} of {dim}",
              xlabel="dimension, second view", ylabel="dimension, first view")
     figure.colorbar(image, ax=left)
     for name, values in (("same", matrix.diagonal()),
                          ("different", matrix[~np.eye(dim, dtype=bool)])):
         if values.size:
             right.hist(values, np.linspace(-1, 1, 81), density=True, alpha=0.6,
-                       label=f"{name} dimension: mean {values.mean():.2f}, "
+                       label=f"{name} dimension:\nmean {values.mean():.2f}, "
                              f"rms {np.sqrt((values ** 2).mean()):.2f}")
-    right.set(title=f"all {dim} dimensions; by chance: rms {(number - 1) ** -0.5:.2f}",
-              xlabel="correlation", ylabel="density")
-    right.legend()
-    figure.savefig(path, dpi=80)
+    right.set(title=f"all {dim} dimensions;\nby chance: rms {(number - 1) ** -0.5:.2f}",
+              xlabel="correlation", ylabel="density", xlim=(-1, 1))
+    right.margins(y=0.6)
+    right.legend(loc="upper left")
+    figure.savefig(path)
     return matrix
 
 
-# ------------------------------------------------------------------------- pieces of visualize.py
+# --------------------------------------------------------------------------------- images in a grid
 
 
-def image_grid(rows, widths, title=""):
-    """A figure 900 pixels wide, and its axes (rows, columns), invisible until something is shown.
+def image_grid(heights, widths, title=""):
+    """A figure as wide as a page, and its axes (rows, columns), invisible until something is shown.
 
-    widths: of the columns, relative to the height of a row.
+    heights, widths: of the rows and columns, in one unit.
     """
-    figure = Figure((9, rows * 9 / sum(widths) + 0.3), layout="constrained")
-    figure.suptitle(title, fontsize=10)
-    return figure, figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths,
-                                   subplot_kw=dict(xticks=[], yticks=[], visible=False))
+    unit = PAGE / sum(widths)
+    figure = Figure((PAGE, unit * sum(heights) + 0.3 * len(heights)), layout="compressed")
+    figure.suptitle(title)
+    return figure, figure.subplots(
+        len(heights), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths,
+        subplot_kw=dict(xticks=[], yticks=[], visible=False))
 
 
 def show(ax, image, title="", values=None, below="", left="", **colours):
@@ -152,20 +170,32 @@ def show(ax, image, title="", values=None, below="", left="", **colours):
     ax.set_visible(True)
     ax.imshow(shown.numpy(), extent=(0, width, height, 0), **colours)
     ax.autoscale(False)  # what is drawn over it leaves the limits as they are
-    ax.set_title(title, fontsize=8)
+    ax.set_title(title)
     ax.set_xlabel(below, fontsize=8, labelpad=2)
-    ax.set_ylabel(left, fontsize=9)
+    ax.set_ylabel(left, rotation=0, ha="right", va="center")
 
 
-def outline(ax, box, colour, name, corner=0):
-    """Draw a box x1 y1 x2 y2 with its name in a corner: 0 top left, 1 top right, 2 and 3 bottom."""
-    x1, y1, x2, y2 = box
-    x, horizontal, right = (x2, "right", -2) if corner % 2 else (x1, "left", 2)
-    y, vertical, up = (y2, "bottom", 2) if corner % 4 >= 2 else (y1, "top", -2)
-    ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5,
-                           path_effects=[withStroke(linewidth=2.5, foreground="white")]))
-    ax.annotate(name, (x, y), (right, up), textcoords="offset points", ha=horizontal, va=vertical,
-                fontsize=7, color="white", bbox=dict(facecolor=colour, edgecolor="none", pad=1))
+def outline(ax, boxes, colours, names):
+    """Draw boxes x1 y1 x2 y2, and the name of each at a corner, inside the image and where it hides
+    no earlier name; a name that finds no such place is left out."""
+    taken = []
+    for (x1, y1, x2, y2), colour in zip(boxes, colours):
+        ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5,
+                               path_effects=[withStroke(linewidth=2.5, foreground="white")]))
+    for (x1, y1, x2, y2), colour, name in zip(boxes, colours, names):
+        for x, y, ha, va in ((x1, y1, "left", "top"), (x2, y1, "right", "top"),
+                             (x1, y2, "left", "bottom"), (x2, y2, "right", "bottom"),
+                             (x1, y1, "left", "bottom"), (x1, y2, "left", "top")):  # outside
+            label = ax.annotate(
+                name, (x, y), (2 if ha == "left" else -2, -2 if va == "top" else 2),
+                textcoords="offset points", ha=ha, va=va, fontsize=7, color="white",
+                bbox=dict(facecolor=colour, edgecolor="none", pad=1), in_layout=False)
+            extent = label.get_window_extent().padded(2)
+            inside = ax.bbox.contains(*extent.min) and ax.bbox.contains(*extent.max)
+            if inside and not any(extent.overlaps(other) for other in taken):
+                taken.append(extent)
+                break
+            label.remove()
 
 
 def mark_places(ax, box, flipped, side):
@@ -179,3 +209,25 @@ def mark_places(ax, box, flipped, side):
         colour = to_rgba(f"C{i // (side + 2)}", 0.8) if i % (side + 2) == 0 else "none"
         ax.add_patch(Rectangle(corner, width, height, facecolor=colour, edgecolor="white",
                                linewidth=0.5))
+
+
+def draw_detections(items, found, classes, score=0.3):
+    """A figure of some items of a data set: their annotations, and below them what each detector
+    found with at least that score.  found: the detector's name -> what detect returns for the
+    items."""
+    shown = {"annotated": [truth for _, truth in items],
+             **{f"{name}, score {score:g} or more": seen for name, seen in found.items()}}
+    shapes = [image.shape[1:] for image, _ in items]
+    figure, rows = image_grid([1] * len(shown), [width / height for height, width in shapes])
+    for row, (title, seen) in zip(rows, shown.items()):
+        for ax, (image, _), objects in zip(row, items, seen):
+            show(ax, image)
+            scores = objects.get("scores", torch.ones(len(objects["boxes"])))
+            best = scores >= score
+            labels = objects["labels"][best].tolist()
+            names = [classes[label] for label in labels] if "scores" not in objects else [
+                f"{classes[label]} {value:.2f}" for label, value in zip(labels, scores[best])]
+            outline(ax, objects["boxes"][best].tolist(), [f"C{n % len(PALETTE)}" for n in labels],
+                    names)
+        row[0].set_title(title, loc="left")
+    return figure

@@ -125,6 +125,22 @@ def mixed_precision(args, device, side=math.inf):
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
+def free_memory(device):
+    """Bytes that are free on a GPU, or for this process's container or machine; infinite where
+    the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    free, group = [math.inf], Path("/sys/fs/cgroup")
+    try:
+        free.append(1024 * int(re.search(r"MemAvailable: *(\d+)",
+                                         Path("/proc/meminfo").read_text())[1]))
+        free.append(int((group / "memory.max").read_text())
+                    - int((group / "memory.current").read_text()))
+    except (OSError, TypeError, ValueError):  # "max" is no limit
+        pass
+    return min(free)
+
+
 def gather_objects(mine):
     """An object of any kind in each process -> the list of all, in rank order."""
     if world_size() == 1:

@@ -7,7 +7,8 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from plumbing.figures import draw_correlation, draw_curves, read_log
+from plumbing.figures import (draw_correlation, draw_curves, draw_detections, image_grid, outline,
+                              read_log, show)
 
 
 def test_a_log_is_read_as_numbers(tmp_path):
@@ -18,12 +19,13 @@ def test_a_log_is_read_as_numbers(tmp_path):
 
 
 def test_curves_of_a_run_and_of_several(tmp_path, monkeypatch):
-    drawn = []
+    drawn, figures = [], []
     savefig = Figure.savefig
 
     def kept(figure, path, **options):
         drawn.append({axes.get_title(): {line.get_label(): line for line in axes.lines}
                       for axes in figure.axes})
+        figures.append(figure)
         savefig(figure, path, **options)
 
     monkeypatch.setattr(Figure, "savefig", kept)
@@ -32,21 +34,24 @@ def test_curves_of_a_run_and_of_several(tmp_path, monkeypatch):
     draw_curves({"": rows}, tmp_path / "one.png")
     panels, = drawn
     assert {title: [*lines] for title, lines in panels.items()} == {
-        "loss": ["loss", "loss chance"], "standard deviation of a coordinate": ["deviation 1"],
+        "loss": ["loss", "chance"], "standard deviation of a coordinate": ["deviation 1"],
         "learning rate": ["learning rate"]}
     assert panels["loss"]["loss"].get_xydata().tolist() == [[0, 3], [0.5, 2], [1, 1]]
     assert panels["loss"]["loss"].get_linestyle() == "-"
-    assert panels["loss"]["loss chance"].get_linestyle() == "--"
+    assert panels["loss"]["chance"].get_linestyle() == "--"
     shorter = [{key: row[key] for key in ("step", "epoch", "loss", "lr")} for row in rows[:2]]
     draw_curves({"a": rows, "b": shorter}, tmp_path / "two.png")
-    assert {title: [*lines] for title, lines in drawn[1].items()} == {
-        "loss": ["a", "b"], "learning rate": ["a", "b"]}  # the columns that both have
-    assert drawn[1]["loss"]["b"].get_xydata().tolist() == [[0, 3], [0.5, 2]]
+    panels = {axes.get_title(): axes.lines for axes in figures[1].axes}
+    assert [*panels] == ["loss", "learning rate"]  # the columns that both have
+    assert panels["loss"][1].get_xydata().tolist() == [[0, 3], [0.5, 2]]
+    colours = [line.get_color() for line in panels["loss"]]
+    assert len({*colours}) == 2 == len(colours)  # a colour for each run
+    assert colours == [line.get_color() for line in panels["learning rate"]]
+    legend, = figures[1].legends
+    assert [text.get_text() for text in legend.texts] == ["a", "b"]
+    assert [line.get_color() for line in legend.get_lines()] == colours
     with Image.open(tmp_path / "two.png") as image:
-        assert image.size == (1080, 420)
-    colours = [line.get_color() for line in drawn[1]["loss"].values()]
-    assert len({*colours}) == 2 and colours == [
-        line.get_color() for line in drawn[1]["learning rate"].values()]  # a colour for each run
+        assert image.width == pytest.approx(6.5 * 150, rel=0.1) and image.height < image.width
 
 
 def test_panels_of_a_run_with_levels(tmp_path, monkeypatch):
@@ -58,9 +63,9 @@ def test_panels_of_a_run_with_levels(tmp_path, monkeypatch):
     draw_curves({"": [dict(step=i, epoch=i, images_per_s=1.0, **dict.fromkeys(columns, float(i)))
                       for i in range(1, 4)]}, "x.png")
     panels = {axes.get_title(): axes for axes in figures[0].axes}
-    assert [*panels] == ["loss", "parts of the loss", "accuracy against the queue",
-                         "cosine similarity", "standard deviation of a coordinate",
-                         "learning rate", "whole view"]
+    assert [*panels] == ["loss", "accuracy against the queue", "cosine similarity",
+                         "standard deviation of a coordinate", "learning rate", "whole view",
+                         "parts of the loss"]
     parts = {line.get_label(): line for line in panels["parts of the loss"].lines}
     assert [*parts] == ["global-global Res2", "local-local Res2", "global-local Res5",
                         "global-global chance", "local-local Res3"]
@@ -88,6 +93,48 @@ def test_a_drawn_diagonal_is_seen(tmp_path):
     z = torch.randn(1024, 600)
     draw_correlation(z, z + 0.1 * torch.randn(1024, 600), tmp_path / "correlation.png")
     with Image.open(tmp_path / "correlation.png") as image:
-        pixels = np.array(image.convert("RGB"))[:, :330].astype(int)  # without the colour bar
+        pixels = np.array(image.convert("RGB"))[:, :460].astype(int)  # without the colour bar
     dark_red = (pixels[..., 0] < 150) & (pixels[..., 0] > 80) & (pixels[..., 1:] < 60).all(-1)
     assert dark_red.sum() > 250 and dark_red.any(0).sum() > 250
+
+
+def test_names_hide_no_other_and_stay_inside():
+    """All boxes are drawn; each name that is drawn, as laid out in the end, is inside the image and
+    clear of the others, and only those without a free corner are left out."""
+    _, (line,) = image_grid([1], [1, 1])
+    torch.manual_seed(0)
+    corner, side = torch.rand(40, 2) * 80, 5 + torch.rand(40, 2) * 40
+    boxes = torch.cat([corner, (corner + side).clamp(max=100)], dim=1).tolist()
+    show(line[0], torch.zeros(3, 100, 100))
+    outline(line[0], boxes, ["C1"] * 40, [f"name {i}" for i in range(40)])
+    show(line[1], torch.zeros(3, 100, 100))
+    outline(line[1], [[60, 2, 98, 40], [10, 60, 50, 99]], ["C0", "C1"], ["alone", "also alone"])
+    assert len(line[0].patches) == 40 and 8 < len(line[0].texts) < 40
+    assert [text.get_text() for text in line[1].texts] == ["alone", "also alone"]
+    line[0].figure.draw_without_rendering()
+    for ax in line:
+        extents = [text.get_window_extent() for text in ax.texts]
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(extents, 2))
+        assert all(ax.bbox.x0 <= e.x0 and e.x1 <= ax.bbox.x1 for e in extents)
+        assert all(ax.bbox.y0 <= e.y0 and e.y1 <= ax.bbox.y1 for e in extents)
+
+
+def test_the_picture_of_detections():
+    """Every annotation, and the detections of enough score, whatever an image's size."""
+    items = [(torch.zeros(3, 400, 600).byte(),
+              dict(boxes=torch.tensor([[10.0, 20, 300, 220]] * 7), labels=torch.ones(7).long())),
+             (torch.zeros(3, 300, 200).byte(),
+              dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0)))]
+    seen = [dict(boxes=torch.tensor([[10.0, 10, 200, 100], [200, 0, 500, 300], [0, 0, 40, 40]]),
+                 labels=torch.tensor([0, 1, 1]), scores=torch.tensor([0.9, 0.25, 0.1]))] * 2
+    figure = draw_detections(items, {"first": seen, "second": seen}, ["cat", "dog"], score=0.2)
+    assert [len(axes.patches) for axes in figure.axes] == [7, 0, 2, 2, 2, 2]
+    assert {text.get_text() for text in figure.axes[0].texts} == {"dog"}
+    assert [text.get_text() for text in figure.axes[2].texts] == ["cat 0.90", "dog 0.25"]
+    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == [
+        "annotated", "first, score 0.2 or more", "second, score 0.2 or more"]
+    cat, dog = figure.axes[2].patches
+    assert cat.get_bbox().extents.tolist() == [10, 10, 200, 100]
+    assert cat.get_edgecolor() != dog.get_edgecolor()
+    default = draw_detections(items, {"first": seen}, ["cat", "dog"])
+    assert [len(axes.patches) for axes in default.axes] == [7, 0, 1, 1]  # 0.3 or more

@@ -1,4 +1,5 @@
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -129,11 +130,11 @@ TINY = ("--arch resnet18 --batch-size 4 --fpn-channels 16 --rois 8 --min-size 48
 def test_the_small_recipe(tmp_path):
     by_hand = ("--dataset voc --data D --detector fpn --arch resnet18 --fpn-channels 64 --min-size "
                "128 --max-size 192 --anchor-size 16 --rois 64 --batch-size 8 --lr 0.04 --warmup 40 "
-               "--iterations 300")
+               "--iterations 1000")
     args = ft.parse_args("--dataset voc --data D --small".split())
     ft.fit_iterations(args, 1000)
     assert {**vars(ft.parse_args(by_hand.split())), "small": True} == vars(args)
-    for images, iterations in ((100, 300), (3500, 1050), (20000, 3000)):
+    for images, iterations in ((100, 300), (363, 363), (3500, 3000), (20000, 3000)):
         args = ft.parse_args("--dataset coco --data D --small".split())
         ft.fit_iterations(args, images)
         assert args.iterations == iterations
@@ -244,7 +245,7 @@ def test_images_too_thin_for_the_detector_are_named(tmp_path):
     ft.main([str(word) for word in words])  # 150 x 2 pixels train, and are tested
 
 
-def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys):
+def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys, monkeypatch):
     folder, words = make_run(tmp_path)
     path = folder / "JPEGImages" / "0004.jpg"
     photo = path.read_bytes()
@@ -257,10 +258,13 @@ def test_a_cut_off_test_image_ends_the_run_before_the_training(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "step 4/4" in said and "AP by class:  dog" in said
     assert "warning: an AP below 0.5 tells nothing apart" in said and "for GPUs" not in said
+    assert "GiB of memory" not in said
+    monkeypatch.setattr(ft, "free_memory", lambda device: 2 ** 28)
     ft.main([*map(str, words), "--fresh", "--min-size", "400", "--max-size", "600", "--iterations",
              "1", "--batch-size", "2"])
-    assert ("warning: 1 iterations of 2 images of 400 pixels are for GPUs: on a CPU use --small"
-            in capsys.readouterr().out)
+    warned = capsys.readouterr().out
+    assert "1 iterations of 2 images of 400 pixels are for GPUs: on a CPU use --small" in warned
+    assert re.search("needs about [0-9.]+ GiB of memory, and 0.2 are free: use a smaller", warned)
     assert "warning: 1 of 3 test images are training images too, such as" in said
     for line in ("train: 4 images; 4 boxes\n", "train: boxes 4 dog\n",
                  "test: 3 images; 3 boxes\n"):

@@ -7,7 +7,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 
 from common import InputError, backbone_stages, resnet_stages
 from detection.data import LabelledScenes, training_item
-from detection.models import build_detector, detect, draw_detections
+from detection.models import build_detector, detect, training_bytes
 from plumbing.weights import save_checkpoint, save_tensors
 
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=8, rois=16)
@@ -274,18 +274,23 @@ def test_mixed_precision_leaves_boxes_in_float32(detector):
     assert (truths[0] - truth).abs().min() < 1e-3 and (proposals[0][-1] - truth).abs().max() < 1e-3
 
 
-def test_the_picture_of_detections():
-    """Every annotation and the best detections, with names and scores, whatever an image's size."""
-    items = [(torch.zeros(3, 40, 60).byte(), dict(boxes=torch.tensor([[1.0, 2, 11, 22]] * 7),
-                                                  labels=torch.ones(7).long())),
-             (torch.zeros(3, 30, 20).byte(), dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0)))]
-    seen = [dict(boxes=torch.tensor([[3.0, 4, 9, 10], [0, 0, 5, 5], [0, 0, 4, 4]]),
-                 labels=torch.tensor([0, 1, 1]), scores=torch.tensor([0.9, 0.25, 0.1]))] * 2
-    figure = draw_detections(items, {"first": seen, "second": seen}, ["cat", "dog"], best=2)
-    texts = [[text.get_text() for text in axes.texts] for axes in figure.axes]
-    assert texts == [["dog"] * 7, []] + [["cat 0.90", "dog 0.25"]] * 4
-    assert [axes.get_title(loc="left") for axes in figure.axes[::2]] == [
-        "annotations", "first: 2 best", "second: 2 best"]
-    cat, dog = figure.axes[2].patches
-    assert cat.get_bbox().extents.tolist() == [3, 4, 9, 10]
-    assert cat.get_edgecolor() != dog.get_edgecolor()
+@pytest.mark.parametrize("detector", ["fpn", "c4"])
+def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector):
+    """But for what is left out, to a fifth: ReLUs in place, pooling, losses."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 2, detector, fpn_channels=32, min_size=(160,), max_size=160,
+                           anchor_size=16, rois=16).train()
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(x):
+        kept[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
+        return x
+
+    target = dict(boxes=torch.tensor([[20.0, 20, 120, 120]]), labels=torch.tensor([1]))
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        losses = model([torch.rand(3, 160, 160)] * 2, [target] * 2)
+    assert len(losses) == 4
+    saved = sum(size for pointer, (_, size) in kept.items() if pointer not in own)
+    weights = 12 * sum(p.numel() for p in model.parameters())
+    assert training_bytes(model, 2, 160, 160, 16) - weights == pytest.approx(saved, rel=0.2)
+    assert all(p.device.type == "cpu" for p in model.parameters())

@@ -259,6 +259,22 @@ def test_bfloat16_where_it_is_asked_for():
         mixed_precision(SimpleNamespace(precision="bfloat16"), CPU, side=16)
 
 
+@pytest.mark.parametrize("files, expected", [
+    ({"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:  2048 kB\n",
+      "/sys/fs/cgroup/memory.max": "max\n"}, 2 ** 21),
+    ({"/proc/meminfo": "MemAvailable: 2048 kB\n", "/sys/fs/cgroup/memory.max": "1000000\n",
+      "/sys/fs/cgroup/memory.current": "400000\n"}, 600_000),
+    ({}, math.inf), ({"/proc/meminfo": "?"}, math.inf)])
+def test_memory_that_is_free(monkeypatch, files, expected):
+    def read(path):
+        if str(path) not in files:
+            raise FileNotFoundError(path)
+        return files[str(path)]
+
+    monkeypatch.setattr(plumbing.Path, "read_text", read)
+    assert plumbing.free_memory(CPU) == expected
+
+
 def test_warnings_of_queues_that_do_not_fit(capsys):
     check_queue(32, 16, 0.999, 128)
     assert capsys.readouterr().out == ""

@@ -289,7 +289,8 @@ SMALL = {"attention": 2, "retrieval": 8, "similarity": 33, "iou-similarity": 2, 
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_figures_of_scenes_and_random_weights(files, tmp_path, name, capsys):
+def test_figures_of_scenes_and_random_weights(files, tmp_path, name, capsys, monkeypatch):
+    monkeypatch.setattr(visualize, "FEWEST_BATCHES", 1)
     rows = figure(files, tmp_path, name, "--images", SMALL[name], "--rows", 2,
                   "--weights", "none", files / "backbone.pt", "--labels", "one", "other")
     text = capsys.readouterr().out
@@ -364,13 +365,14 @@ def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
     assert float(row["share_above_half"]) == pytest.approx(32 * 24 / 64 ** 2, abs=0.02)
 
 
-def test_similarity_of_detcos_heads(files, tmp_path):
+def test_similarity_of_detcos_heads(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "FEWEST_BATCHES", 1)
     recipe = detco.parse_args(["--dim", "8", "--queue-size", "16"])
     torch.manual_seed(0)
     model = detco.DetCo("resnet18", 8, 16, weights=recipe.weights)
     saved = dict(method="detco", args=vars(recipe), model=model.state_dict())
     save_checkpoint(tmp_path / "checkpoint.pt", saved)
-    words = "similarity", "--images", 8, "--weights", tmp_path / "checkpoint.pt"
+    words = "similarity", "--images", 32, "--weights", tmp_path / "checkpoint.pt"
     (heads,) = figure(files, tmp_path, *words)
     for parameter in model.encoder_q.local_heads[3].parameters():
         parameter.data.zero_()  # then local queries are all 0, and exp(0) = 1
@@ -399,6 +401,10 @@ def test_detections_of_a_fine_tuned_detector(files, tmp_path):
                   tmp_path / "ft" / "checkpoint.pt", "none")
     assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
     assert rows[0]["annotated"] == rows[2]["annotated"] != "0"
+    assert rows[0]["drawn"] == "0" != rows[0]["detections"]  # none has a score of 0.3
+    rows = figure(files, tmp_path, "detections", "--rows", 1, "--score", 0, "--weights",
+                  tmp_path / "ft" / "checkpoint.pt")
+    assert rows[0]["drawn"] == rows[0]["detections"] != "0"
     fine_tune(["--dataset", "voc", "--data", str(files / "voc"), "--train-split", "test",
                "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size",
                "64", "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
@@ -447,6 +453,7 @@ def test_bad_input_is_one_line(files, tmp_path):
             (["attention", "--arch", "resnet18", "resnet34"], "2 --arch for 1 --weights"),
             (["attention", "--data", "nowhere"], "no such folder: nowhere"),
             (["attention", "--split", "test"], "--split needs --dataset"),
+            (["similarity", "--images", "40"], "needs 320 images or more"),
             (["attention", "--size", "8"], "argument --size: 8 is not at least 32"),
             (["attention", "--rows", "0"], "argument --rows: 0 is not at least 1"),
             (["attention", "--out", "x.docx"], "--out x.docx: no .png, .jpg"),
