@@ -64,9 +64,10 @@ SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[1
 
 def fit_iterations(args, images):
     """With --small: so many iterations that each of the images is seen eight times, but at least
-    300 and at most 3,000, unless --iterations says it."""
+    300, 50 for each class, and at most 3,000; unless --iterations says it."""
     if args.small and args.iterations is None:
-        args.iterations = min(3000, max(300, round(8 * images / args.batch_size)))
+        args.iterations = min(3000, max(300, 50 * len(args.classes),
+                                        round(8 * images / args.batch_size)))
 
 
 def evaluate(model, dataset, args, device, run):

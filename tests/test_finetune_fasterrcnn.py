@@ -131,11 +131,14 @@ def test_the_small_recipe(tmp_path):
     by_hand = ("--dataset voc --data D --detector fpn --arch resnet18 --fpn-channels 64 --min-size "
                "128 --max-size 192 --anchor-size 16 --rois 64 --batch-size 8 --lr 0.04 --warmup 40 "
                "--iterations 1000")
-    args = ft.parse_args("--dataset voc --data D --small".split())
+    args = ft.parse_args("--dataset voc --data D --small --classes cat dog".split())
     ft.fit_iterations(args, 1000)
-    assert {**vars(ft.parse_args(by_hand.split())), "small": True} == vars(args)
-    for images, iterations in ((100, 300), (363, 363), (3500, 3000), (20000, 3000)):
+    by_hand = ft.parse_args([*by_hand.split(), "--classes", "cat", "dog"])
+    assert {**vars(by_hand), "small": True} == vars(args)
+    for images, classes, iterations in ((100, 3, 300), (363, 6, 363), (363, 20, 1000),
+                                        (3500, 20, 3000), (20000, 80, 3000), (100, 80, 3000)):
         args = ft.parse_args("--dataset coco --data D --small".split())
+        args.classes = [f"class {i}" for i in range(classes)]
         ft.fit_iterations(args, images)
         assert args.iterations == iterations
     assert vars(ft.parse_args(["--small"])) == {**vars(ft.parse_args([])), "small": True}

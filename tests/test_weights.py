@@ -4,6 +4,7 @@ import io
 import itertools
 import pickle
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -427,3 +428,21 @@ def test_the_readmes_lines_keep_the_tensors_of_a_pickle(tmp_path, resnets, kind)
     load_backbone(stages, ours)
     assert all(torch.equal(v, stages.state_dict()[k]) for k, v in without_fc(resnets[2]).items()
                if "num_batches" not in k)
+
+
+def test_the_readmes_lines_use_the_weights_in_torchvision(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "detco").mkdir(parents=True)
+    stages = backbone_stages("resnet18")
+    save_tensors(stages.state_dict(), tmp_path / "runs" / "detco" / "backbone.pt")
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    code = next(part for part in readme.split("```python\n")[1:] if "FasterRCNN(" in part)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.split("```")[0], names)
+    detector, image = names["detector"].eval(), torch.rand(1, 3, 64, 64)
+    with torch.no_grad():
+        levels = [*detector.backbone.body(image).values()]
+        assert all(torch.equal(*pair) for pair in zip(levels, stages.eval()(image), strict=True))
+    assert all(p.requires_grad for p in detector.parameters())
+    assert detector.roi_heads.box_predictor.cls_score.out_features == 21
+    assert {*detector(image)[0]} == {"boxes", "labels", "scores"}
