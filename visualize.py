@@ -479,8 +479,9 @@ def views(args, _device):
         method, (title, text) = importlib.import_module(name), METHODS[name]
         recipe = method.parse_args(["--data", args.data] if args.data else [])
         show(line[0], image)
-        line[0].set_title(title, loc="left", weight="bold")
-        line[1].text(0, 1.06, text, fontsize=9, transform=line[1].transAxes, in_layout=False)
+        name_drawn = line[0].set_title(title, loc="left", weight="bold")
+        line[0].annotate(text, (1, 0), (10, 0), xycoords=name_drawn, fontsize=9, in_layout=False,
+                         textcoords="offset points", annotation_clip=False)
         seen, side = views_of(method, image, recipe), 7 if args.data else 4  # of DUPR's places
         for i, (view, pixels, shared) in enumerate(seen, 1):
             size, flipped = view.pixels.shape[-1], ", flipped" if view.flipped else ""
