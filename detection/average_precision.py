@@ -1,4 +1,4 @@
-"""Average precision of object detections, by COCO's rule and by VOC2007's, in NumPy alone.
+"""Average precision of boxes, masks and keypoints by COCO's rule, of boxes by VOC2007's, in NumPy.
 
 This file imports nothing of the project, so that it can be copied by itself:
 
@@ -6,8 +6,10 @@ This file imports nothing of the project, so that it can be copied by itself:
     detections = [dict(boxes=[[0, 0, 9, 10]], labels=[1], scores=[0.8])]
     coco_ap(ground_truth, detections)["AP50"]  # 1.0
 
-Letters: n ground-truth boxes and m detections, of one image or of one class; A = 4 area ranges;
-T = 10 IoU thresholds.  TP and FP: true and false positives.
+mask_ap and keypoint_ap take the same lists, with masks or keypoints in the dicts: only the overlap
+is another one.
+Letters: n ground-truth objects and m detections, of one image or of one class; A = 4 area ranges;
+T = 10 thresholds of the overlap.  TP and FP: true and false positives.
 """
 import numpy as np
 
@@ -16,7 +18,10 @@ COCO_RECALLS = np.linspace(0, 1, 101)
 # Differs: detectron2's VOC07 rule has np.arange(0, 1.1, 0.1), whose 0.3 is 0.30000000000000004
 VOC07_RECALLS = np.arange(11) / 10
 AREA_RANGES = np.array([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]])
-MAX_DETECTIONS = 100  # of each image and class
+MAX_DETECTIONS, MAX_WITH_KEYPOINTS = 100, 20  # of each image and class
+# How far annotators are apart, over the square root of the object's area: at the nose, and at two
+# each of eyes, ears, shoulders, elbows, wrists, hips, knees, ankles
+SIGMAS = np.array([26, *np.repeat([25, 35, 79, 72, 62, 107, 87, 89], 2)]) / 1000
 
 
 def coco_ap(ground_truth, detections):
@@ -36,15 +41,48 @@ def coco_ap(ground_truth, detections):
     Raises ValueError if the lists, or the boxes, labels and scores of an image, differ in length.
     Source: Lin et al. 2014 (arXiv 1405.0312), cocodataset.org/#detection-eval; cocoeval.py.
     """
+    return _coco_ap(_to_arrays(ground_truth, detections), lambda found, truth: box_iou(
+        found["boxes"], truth["boxes"], truth["crowd"]))
+
+
+def mask_ap(ground_truth, detections):
+    """COCO's mask average precision, as pycocotools' COCOeval("segm") computes it.
+
+    Lists as coco_ap takes them, whose dicts also have masks (n, H, W) bool, of one size in an
+    image.  Overlaps count pixels, and so do the areas of detections, and those of ground truth that
+    has no `area`.  Each image is asked for once, by its index: a sequence that makes an image's
+    masks only then needs little memory.
+    Returns what coco_ap does.  Raises ValueError as coco_ap does, or if masks are no such arrays.
+    """
+    return _coco_ap(_to_arrays(ground_truth, detections, "masks"), _mask_iou)
+
+
+def keypoint_ap(ground_truth, detections):
+    """COCO's keypoint average precision, as pycocotools' COCOeval("keypoints") computes it.
+
+    Lists as coco_ap takes them, whose dicts also have keypoints (n, 17, 3): x, y, and, read in the
+    ground truth alone, visibility, 0 if not labelled.  Ground truth without any is ignored; its
+    `area` (COCO's: of the segments) scales the distances.  The area of a detection is its box's, as
+    in detectron2.  The 20 best detections of each image and class count.
+    Returns what coco_ap does but APs, as COCO has no small persons.  Raises ValueError likewise.
+    """
+    ap = _coco_ap(_to_arrays(ground_truth, detections, "keypoints"), _oks, MAX_WITH_KEYPOINTS)
+    return {name: value for name, value in ap.items() if name != "APs"}
+
+
+def _coco_ap(images, overlaps, most=MAX_DETECTIONS):
+    """COCO's rule.  images: as _to_arrays yields them; overlaps: found and truth of one -> (m, n),
+    read where the labels agree; most: detections of each image and class that count."""
     matches = {}  # label -> a list over the images in which it occurs
-    for truth, found in _to_arrays(ground_truth, detections):
+    for truth, found in images:
+        overlap = overlaps(found, truth)
         for label in np.union1d(truth["labels"], found["labels"]).tolist():
-            own = truth["labels"] == label
+            own = np.flatnonzero(truth["labels"] == label)[::-1]  # of equal overlaps the last wins
             best = np.flatnonzero(found["labels"] == label)
             order = np.argsort(-found["scores"][best], kind="stable")
-            best = best[order[:MAX_DETECTIONS]]
-            match = _match(truth["boxes"][own], truth["ignore"][own], truth["area"][own],
-                           found["boxes"][best])
+            best = best[order[:most]]
+            match = _match(overlap[best[:, None], own], found["size"][best], truth["area"][own],
+                           truth["ignore"][own], truth["crowd"][own])
             matches.setdefault(label, []).append((found["scores"][best], *match))
 
     ap = {label: _class_ap(matches[label]) for label in sorted(matches)}
@@ -59,34 +97,32 @@ def coco_ap(ground_truth, detections):
             "per_class": {label: mean(of_class[0]) for label, of_class in ap.items()}}
 
 
-def _match(truth, ignore, area, found):
+def _match(overlap, size, area, ignore, crowd):
     """Match one image's detections of one class, best score first, to its ground truth.
 
-    truth: (n, 4); ignore: (n,) bool; area: (n,); found: (m, 4).
-    Returns TP and FP, bool (A, T, m), and the number of ground-truth boxes that count (A,).  A
+    overlap: (m, n), of equal ones the first wins; size: the detections' areas (m,); area: (n,);
+    ignore and crowd: (n,) bool.
+    Returns TP and FP, bool (A, T, m), and the number of ground-truth objects that count (A,).  A
     detection that is neither TP nor FP does not count.
     """
-    truth, ignore, area = truth[::-1], ignore[::-1], area[::-1]  # of equal IoUs the last one wins
-    iou = box_iou(found, truth, ignore)  # (m, n)
     low, high = AREA_RANGES[:, :1], AREA_RANGES[:, 1:]
     ignored = ignore | (area < low) | (area > high)  # (A, n)
-    found_area = box_area(found)
-    outside = (found_area < low) | (found_area > high)  # (A, m)
+    outside = (size < low) | (size > high)  # (A, m)
 
     shape = len(AREA_RANGES), len(IOU_THRESHOLDS)
-    matched = np.zeros((*shape, len(found)), dtype=bool)
+    matched = np.zeros((*shape, len(size)), dtype=bool)
     uncounted = np.repeat(outside[:, None], len(IOU_THRESHOLDS), axis=1)  # unless it is matched
-    free = np.ones((*shape, len(truth)), dtype=bool)
-    for d in np.flatnonzero((iou >= IOU_THRESHOLDS[0]).any(axis=1)):
-        fits = free & (iou[d] >= IOU_THRESHOLDS[:, None])  # (A, T, n)
-        counted = fits & ~ignored[:, None]  # a box that counts goes before any ignored one
+    free = np.ones((*shape, len(area)), dtype=bool)
+    for d in np.flatnonzero((overlap >= IOU_THRESHOLDS[0]).any(axis=1)):
+        fits = free & (overlap[d] >= IOU_THRESHOLDS[:, None])  # (A, T, n)
+        counted = fits & ~ignored[:, None]  # an object that counts goes before any ignored one
         fits = np.where(counted.any(axis=2, keepdims=True), counted, fits)
-        best = np.where(fits, iou[d], -1).argmax(axis=2)  # (A, T)
+        best = np.where(fits, overlap[d], -1).argmax(axis=2)  # (A, T)
         a, t = np.nonzero(fits.any(axis=2))
         g = best[a, t]
         matched[a, t, d] = True
         uncounted[a, t, d] = ignored[a, g]
-        free[a, t, g] = ignore[g]  # a crowd may be matched again
+        free[a, t, g] = crowd[g]  # a crowd may be matched again
     return matched & ~uncounted, ~matched & ~uncounted, (~ignored).sum(axis=1)
 
 
@@ -119,7 +155,7 @@ def voc07_ap(ground_truth, detections):
     ground truth.  Raises ValueError as coco_ap does.
     Source: Everingham et al. 2010, Sec. 4.2; VOCevaldet.m of the development kit.
     """
-    images = _to_arrays(ground_truth, detections)
+    images = [*_to_arrays(ground_truth, detections)]
     counted = [truth["labels"][~truth["ignore"]].tolist() for truth, _ in images]
     classes = sorted({label for labels in counted for label in labels})
     if not classes:
@@ -172,24 +208,67 @@ def box_iou(found, truth, crowd=False):
     low = np.maximum(found[:, None, :2], truth[:, :2])  # (m, n, 2)
     high = np.minimum(found[:, None, 2:], truth[:, 2:])
     intersection = (high - low).clip(min=0).prod(axis=2)  # (m, n)
-    found_area = box_area(found)[:, None]
-    union = np.where(crowd, found_area, found_area + box_area(truth) - intersection)
+    return _over_union(intersection, box_area(found), box_area(truth), crowd)
+
+
+def _over_union(intersection, found, truth, crowd):
+    """IoU (m, n) from the intersections (m, n), the areas (m,) and (n,), and box_iou's crowd."""
+    found = found[:, None]
+    union = np.where(crowd, found, found + truth - intersection)
     return np.divide(intersection, union, out=np.zeros_like(intersection), where=intersection > 0)
 
 
-def _to_arrays(ground_truth, detections):
-    """The arguments of coco_ap as a list over images of (ground truth, detections), dicts of
-    arrays.  Raises ValueError."""
+def _mask_iou(found, truth):
+    """IoU (m, n) of one image's masks; 0 where the labels differ."""
+    low = np.maximum(found["boxes"][:, None, :2], truth["boxes"][:, :2])  # (m, n, 2)
+    high = np.minimum(found["boxes"][:, None, 2:], truth["boxes"][:, 2:])
+    near = (low < high).all(axis=2) & (found["labels"][:, None] == truth["labels"])
+    intersection = np.zeros(near.shape)
+    for d, g in np.argwhere(near):  # only the pixels within both boxes
+        (x1, y1), (x2, y2) = low[d, g], high[d, g]
+        intersection[d, g] = np.count_nonzero(found["masks"][d, y1:y2, x1:x2]
+                                              & truth["masks"][g, y1:y2, x1:x2])
+    return _over_union(intersection, found["size"], truth["size"], truth["crowd"])
+
+
+def _oks(found, truth):
+    """Object keypoint similarity (m, n) of one image's objects: the mean of exp(-d^2 / (2 area
+    (2 sigma)^2)) over the labelled keypoints, which are d pixels apart.
+
+    Without any, d leads from each keypoint to the object's box, enlarged by its own size on every
+    side.  Source: cocodataset.org/#keypoints-eval; cocoeval.py, computeOks.
+    """
+    labelled = truth["keypoints"][:, :, 2] > 0  # (n, 17)
+    by_box = ~labelled.any(axis=1)[:, None]  # (n, 1)
+    corner, side = truth["boxes"][:, None, :2], np.diff(truth["boxes"].reshape(-1, 2, 2), axis=1)
+    low = np.where(by_box[:, None], corner - side, truth["keypoints"][:, :, :2])  # (n, 17, 2)
+    high = np.where(by_box[:, None], corner + 2 * side, truth["keypoints"][:, :, :2])
+    at = found["keypoints"][:, None, :, :2]  # (m, 1, 17, 2)
+    d = (low - at).clip(min=0) + (at - high).clip(min=0)  # (m, n, 17, 2)
+    area = truth["area"][:, None] + np.spacing(1)
+    similarity = np.exp(-(d ** 2).sum(axis=3) / (2 * SIGMAS) ** 2 / area / 2)  # (m, n, 17)
+    counts = labelled | by_box  # (n, 17)
+    return (similarity * counts).sum(axis=2) / counts.sum(axis=1)
+
+
+def _to_arrays(ground_truth, detections, task="boxes"):
+    """Yield each image's ground truth and detections as dicts of arrays.  task: what to read, boxes
+    or also masks or keypoints.  Raises ValueError."""
     if len(ground_truth) != len(detections):
         raise ValueError(f"{len(ground_truth)} images of ground truth, {len(detections)} of "
                          "detections")
-    return [(_image_arrays(truth, "ignore", f"ground_truth[{i}]"),
-             _image_arrays(found, "scores", f"detections[{i}]"))
-            for i, (truth, found) in enumerate(zip(ground_truth, detections))]
+    for i in range(len(ground_truth)):
+        truth = _image_arrays(ground_truth[i], "ignore", f"ground_truth[{i}]", task)
+        found = _image_arrays(detections[i], "scores", f"detections[{i}]", task)
+        sizes = [image["masks"].shape[1:] for image in (truth, found)] if task == "masks" else []
+        if len(truth["labels"]) and len(found["labels"]) and len({*sizes}) > 1:
+            raise ValueError(f"image {i} has masks of {sizes[0]} and of {sizes[1]} pixels")
+        yield truth, found
 
 
-def _image_arrays(image, extra, name):
-    """One image's dict as arrays: boxes (n, 4), labels, area, and its ignore or scores, (n,)."""
+def _image_arrays(image, extra, name, task):
+    """One image's dict as arrays: labels; size, the boxes' or masks' own area; scores, or area,
+    ignore and crowd: (n,) each; boxes (n, 4), with masks those around them; masks, keypoints."""
     boxes = np.asarray(image["boxes"], dtype=np.float64)
     boxes = boxes if boxes.size else np.zeros((0, 4))
     labels = np.asarray(image["labels"], dtype=np.int64)
@@ -200,7 +279,37 @@ def _image_arrays(image, extra, name):
     if labels.ndim != 1 or boxes.shape != (len(labels), 4) or values.shape != labels.shape:
         raise ValueError(f"{name}: expected boxes (n, 4), labels (n,) and {extra} (n,) of one n, "
                          f"got {boxes.shape}, {labels.shape}, {values.shape}")
-    area = np.asarray(image.get("area", box_area(boxes)), dtype=np.float64)
-    if area.shape != labels.shape:
-        raise ValueError(f"{name}: expected area (n,), got {area.shape} for {len(labels)} boxes")
-    return {"boxes": boxes, "labels": labels, "area": area, extra: values}
+    arrays = {"boxes": boxes, "labels": labels, "size": box_area(boxes), extra: values}
+    if task == "masks":
+        masks = np.asarray(image["masks"])
+        masks = masks if len(masks) else np.zeros((0, 1, 1), dtype=bool)
+        if masks.ndim != 3 or len(masks) != len(labels) or masks.dtype != bool:
+            raise ValueError(f"{name}: expected masks (n, H, W) bool, got {masks.shape} "
+                             f"{masks.dtype} for {len(labels)} boxes")
+        size = np.array([np.count_nonzero(mask) for mask in masks], dtype=np.float64)
+        arrays |= {"masks": masks, "boxes": _boxes_around(masks), "size": size}
+    if task == "keypoints":
+        keypoints = np.asarray(image["keypoints"], dtype=np.float64)
+        keypoints = keypoints if keypoints.size else np.zeros((0, 17, 3))
+        if keypoints.shape != (len(labels), 17, 3):
+            raise ValueError(f"{name}: expected keypoints (n, 17, 3), got {keypoints.shape} for "
+                             f"{len(labels)} boxes")
+        arrays["keypoints"] = keypoints
+    if extra == "ignore":
+        area = np.asarray(image.get("area", arrays["size"]), dtype=np.float64)
+        if area.shape != labels.shape:
+            raise ValueError(f"{name}: expected area (n,), got {area.shape} for "
+                             f"{len(labels)} boxes")
+        arrays |= {"area": area, "crowd": values}
+        if task == "keypoints":
+            arrays["ignore"] = values | ~(keypoints[:, :, 2] > 0).any(axis=1)
+    return arrays
+
+
+def _boxes_around(masks):
+    """Masks (n, H, W) -> the boxes around their pixels (n, 4), x1 y1 x2 y2, whole numbers."""
+    height, width = masks.shape[1:]
+    rows, columns = masks.any(axis=2), masks.any(axis=1)  # (n, H), (n, W)
+    return np.stack([columns.argmax(axis=1), rows.argmax(axis=1),
+                     width - columns[:, ::-1].argmax(axis=1),
+                     height - rows[:, ::-1].argmax(axis=1)], axis=1)
