@@ -515,8 +515,8 @@ def curves(args, _device):
             raise InputError(f"{path} is no log of a run: curves takes folders of runs")
     for column in shared_columns(logs):
         for label, log in logs.items():
-            if column in log[0]:
-                values = [row[column] for row in log]
+            if column in log[0] and any(math.isfinite(row[column]) for row in log):
+                values = [row[column] for row in log if math.isfinite(row[column])]
                 rows.append(dict(run=label, column=column, first=values[0], last=values[-1],
                                  least=min(values), most=max(values)))
     if not {row["column"] for row in rows} - {"images_per_s"}:

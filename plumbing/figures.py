@@ -39,13 +39,13 @@ WORDS = {"gg": "global-global", "ll": "local-local", "gl": "global-local", "lr":
          "res2": "Res2", "res3": "Res3", "res4": "Res4", "res5": "Res5"}
 TITLES = {"loss": "loss", "parts": "parts of the loss", "accuracy": "accuracy against the queue",
           "similarity": "cosine similarity", "deviation": "standard deviation of a coordinate",
-          "lr": "learning rate"}
+          "lr": "learning rate", "AP": "average precision (%)"}
 LEVEL = re.compile("res[2-5]")
 
 
 def panel_of(column):
     """The panel of draw_curves in which a column of log.csv is drawn."""
-    first = column.split("_")[0]
+    first = "AP" if column.startswith("AP") else column.split("_")[0]
     if column in ("loss", "loss_chance"):
         return "loss"
     if first in ("loss", "invariance", "variance", "covariance", "redundancy") or \
@@ -91,8 +91,9 @@ def draw_curves(logs, path):
                 words = column.split("_")
                 words = words[1:] if len(words) > 1 and words[0] == panel != "deviation" else words
                 style = ("-", ":", "-.")[kind % 3 if level or not single else 0]
-                axes.plot([row["epoch"] for row in rows], [row[column] for row in rows],
-                          "--" if chance else style, lw=1.2,
+                known = [row for row in rows if math.isfinite(row[column])]
+                axes.plot([row["epoch"] for row in known], [row[column] for row in known],
+                          "--" if chance else style, marker="." if panel == "AP" else "", lw=1.2,
                           label=" ".join(WORDS.get(word, word) for word in words),
                           color="0.4" if chance and single else PALETTE[colour % len(PALETTE)])
         axes.set(title=TITLES.get(panel, panel.replace("_", " ")), xlabel="epoch")

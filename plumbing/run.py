@@ -176,7 +176,8 @@ class Run:
     args: the command's; method: its name, kept in the checkpoint; images: the data set; steps: how
     many there are in all (default: args.epochs of it), 0 where nothing trains; parts: name ->
     module or optimizer, all that a checkpoint must hold.  If the folder holds a checkpoint, the run
-    resumes at once: ``step`` is the number of steps done.
+    resumes at once: ``step`` is the number of steps done.  ``measured``, a dict of numbers that are
+    not of every step (nan elsewhere), goes into the log of the step that ends next.
     Raises InputError: no batch in the data, a checkpoint of another method or of other arguments.
     """
 
@@ -193,6 +194,7 @@ class Run:
         groups = parts["optimizer"].param_groups if "optimizer" in parts else []
         self.initial_lrs = [group["lr"] for group in groups]
         self.window, self.signal, self.asked, self.last = [], 0, 0.0, {}
+        self.measured = {}
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
@@ -361,7 +363,8 @@ class Run:
         self.window.append(torch.stack([v.detach().float() for v in (loss, *parts.values())]))
         self.names, self.lr, done = ("loss", *parts), lr, self.step == self.steps
         epoch_ends = done or self.step % self.steps_per_epoch == 0
-        if epoch_ends or self.step % self.log_every == 0:
+        if epoch_ends or self.step % self.log_every == 0 or \
+                any(map(math.isfinite, self.measured.values())):
             self._log()
         if epoch_ends:
             self._save(last=done)
@@ -419,7 +422,9 @@ class Run:
         self.logged = (now, self.step)
         speed = (self.step - step_then) * self.batch_size / (now - then)
         left = (self.steps - self.step) * (now - start) / (self.step - step_start) / 60
-        self.last = row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr)
+        self.last = row = dict(zip(self.names, values.mean(0).tolist()), lr=self.lr,
+                               **self.measured)
+        self.measured = dict.fromkeys(self.measured, math.nan)
         if rank() == 0:
             epoch = round(self.step / self.steps_per_epoch, 4)
             line = dict(step=self.step, epoch=epoch, **row, images_per_s=round(speed, 1))
@@ -428,7 +433,8 @@ class Run:
                 if not file.tell():
                     writer.writeheader()
                 writer.writerow(line)
-        columns = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items())
+        columns = "  ".join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in row.items()
+                            if not math.isnan(value))
         self.say(f"epoch {math.ceil(self.step / self.steps_per_epoch)}/"
                  f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "
                  f"{left:.1f} min left  {speed:.0f} images/s  {columns}", self.step < self.steps)

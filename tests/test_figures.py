@@ -76,6 +76,19 @@ def test_panels_of_a_run_with_levels(tmp_path, monkeypatch):
     assert all(tick == int(tick) for axes in panels.values() for tick in axes.get_xticks())
 
 
+def test_what_is_measured_now_and_then_is_drawn_where_it_is_known(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: figures.append(figure))
+    (tmp_path / "log.csv").write_text("step,epoch,loss,AP,AP50\n1,1,9,nan,nan\n2,2,8,1.5,4\n"
+                                      "3,3,7,nan,nan\n4,4,6,2.5,5\n")
+    draw_curves({"": read_log(tmp_path / "log.csv")}, "x.png")
+    loss, ap = figures[0].axes
+    assert ap.get_title() == "average precision (%)"
+    assert {line.get_label(): line.get_xydata().tolist() for line in ap.lines} == {
+        "AP": [[2, 1.5], [4, 2.5]], "AP50": [[2, 4], [4, 5]]}
+    assert len(loss.lines[0].get_xydata()) == 4
+
+
 @pytest.mark.parametrize("number, dim", [(5, 3), (4, 1)])
 def test_drawn_correlation_equals_a_loop(tmp_path, number, dim):
     torch.manual_seed(0)

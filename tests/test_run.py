@@ -314,7 +314,7 @@ def test_what_a_run_leaves(tmp_path, capsys):
     assert not {*state["args"]} & {"out", "workers", "log_every", "fresh"}
     assert_identical(load_checkpoint(tmp_path / "backbone.pt"), dict(state["model"]))
     with Image.open(tmp_path / "curves.png") as image:
-        assert image.size == (1080, 840)  # loss and its chance level, noise, lr
+        assert 900 < image.width < 1000 and 700 < image.height < 900  # loss, noise, lr
 
     main(["--out", tmp_path / "each", "--log-every", 1, "--workers", 1])  # means over the steps
     each = read_log(tmp_path / "each" / "log.csv")
