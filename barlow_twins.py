@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from torch import nn
 from torchvision.ops import MLP
+from torchvision.transforms import InterpolationMode
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
@@ -132,8 +133,9 @@ def train(args, device):
 
     def batches(steps=None):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
-        # Differs: crops are resized bilinearly; the authors' bicubically
-        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
+        # Paper silent: crops are resized bicubically, as in the authors' code
+        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0),
+                      interpolation=InterpolationMode.BICUBIC)
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
         for step, views in run.batches(images, cut, steps):
             pixels1, pixels2 = (view.pixels.to(device, non_blocking=True) for view in views)

@@ -1,6 +1,7 @@
 """What the papers share and a reader must understand: the four stages of a backbone, batch norm as
-on several GPUs, InfoNCE, the queue of negatives, the momentum encoder, shuffling BN, the way of a
-box into a view, LARS and the learning rate's schedule; and the collectives that these need.
+on several GPUs, RoI Align on a pyramid, InfoNCE, the queue of negatives, the momentum encoder,
+shuffling BN, the way of a box into a view, LARS and the learning rate's schedule; and the
+collectives that these need.
 
 Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss,
 P boxes per image.
@@ -15,6 +16,7 @@ import torchvision
 from torch import nn
 from torch.func import grad_and_value
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torchvision.ops import box_area, roi_align
 
 
 class InputError(ValueError):
@@ -165,13 +167,18 @@ class ResNetStages(nn.Module):
         return stages
 
 
-def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4):
-    """The torchvision ResNet called ``arch``, randomly initialised, as ResNetStages."""
+def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4, zero_init_residual=False):
+    """The torchvision ResNet called ``arch``, randomly initialised, as ResNetStages.
+
+    zero_init_residual: the last batch norm of each residual block starts at 0, so that the block
+    passes on its input (Goyal et al. 2017, arXiv 1706.02677, Sec. 5.1).
+    """
     known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
     if arch not in known:
         raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
-    return ResNetStages(torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer),
-                        depth)
+    resnet = torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer,
+                                          zero_init_residual=zero_init_residual)
+    return ResNetStages(resnet, depth)
 
 
 class SwinStages(nn.Module):
@@ -201,6 +208,44 @@ def backbone_stages(arch):
     if arch.startswith("swin_") and arch in torchvision.models.list_models(torchvision.models):
         return SwinStages(torchvision.models.get_model(arch, weights=None))
     return resnet_stages(arch)
+
+
+class PyramidRoIAlign(nn.Module):
+    """RoI Align (He et al. 2017, arXiv 1703.06870) shifted by half a pixel, as detectron2's
+    ROIAlignV2, of each box on the one level of a pyramid that fits its size.
+
+    size: S, cells a side; strides: of the levels, each twice the one before; canonical: the side in
+    pixels of the smallest square box of stride 16.
+    """
+
+    def __init__(self, size, strides, canonical=224):
+        super().__init__()
+        self.size, self.strides, self.canonical = size, strides, canonical
+
+    def map_levels(self, boxes):
+        """Boxes (n, 4) of each image, in its pixels -> the index of each one's level, (N,).
+
+        Lin et al. 2017, arXiv 1612.03144, Eq. (1), with detectron2's 1e-8 (modeling/poolers.py);
+        the borders of torchvision's rule are lower by 0.7 millionths.
+        """
+        sides = box_area(torch.cat(boxes)).sqrt()
+        k = (4 + torch.log2(sides / self.canonical + 1e-8)).floor()
+        lowest, highest = math.log2(self.strides[0]), math.log2(self.strides[-1])
+        return (k.clamp(lowest, highest) - lowest).long()
+
+    def forward(self, features, boxes, _image_sizes=None):
+        """Levels (B, C, H/s, W/s) by name, in the order of the strides (more are left out), and the
+        boxes (n, 4) of each image, x1 y1 x2 y2 in its pixels -> (N, C, S, S)."""
+        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # (N, 5)
+        features = [*features.values()][:len(self.strides)]
+        if len(features) == 1:
+            return roi_align(features[0], rois, self.size, 1 / self.strides[0], aligned=True)
+        levels = self.map_levels(boxes)
+        regions = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
+        for i, (x, stride) in enumerate(zip(features, self.strides)):
+            here = (levels == i).nonzero().squeeze(1)
+            regions[here] = roi_align(x, rois[here], self.size, 1 / stride, aligned=True)
+        return regions
 
 
 # ------------------------------------------------------ contrast: InfoNCE, queue, momentum encoder
@@ -309,20 +354,20 @@ def encode_shuffled(encoder, images, *others):
 # ------------------------------------------------------------------------------------ optimization
 
 
-def cosine_schedule(step, steps, warmup=0, end=0.0):
-    """The factor of the learning rate at a step: linear for ``warmup`` steps, then a cosine from 1
-    to ``end``."""
+def cosine_schedule(step, steps, warmup=0, start=0.0, end=0.0):
+    """The factor of the learning rate at a step: linear from ``start`` for ``warmup`` steps, then a
+    cosine from 1 to ``end``."""
     if step < warmup:
-        return (step + 1) / warmup
+        return start + (1 - start) * step / warmup
     progress = (step - warmup) / max(1, steps - warmup)
     return end + (1 - end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class LARS(torch.optim.SGD):
     """SGD in which each weight's step is in proportion to its length (You et al. 2017, arXiv
-    1708.03888, Algorithm 1): a gradient g becomes (g + decay w) trust |w| / (|g| + decay |w|).
+    1708.03888): a gradient g becomes u trust |w| / |u|, where u = g + decay w.
 
-    Where w or g is 0 the factor is 1.  Parameters of one dimension (biases, normalisation) take
+    Where w or u is 0 the factor is 1.  Parameters of one dimension (biases, normalisation) take
     SGD's step, without decay.  Overwrites the gradients.
     """
 
@@ -335,9 +380,10 @@ class LARS(torch.optim.SGD):
         """One step, as of torch's SGD: the learning rate stands outside the momentum."""
         for w in (p for group in self.param_groups for p in group["params"]):
             if w.ndim > 1 and w.grad is not None:
-                w_norm, g_norm = w.norm(), w.grad.norm()
-                # Differs: Barlow Twins', VICReg's and SoCo's code divides by |g + decay w|
-                factor = self.trust * w_norm / (g_norm + self.decay * w_norm)
-                factor = torch.where((w_norm > 0) & (g_norm > 0), factor, 1)
-                w.grad.add_(w, alpha=self.decay).mul_(factor)
+                # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et
+                # al. has |g| + decay |w|.  A weight without gradient shrinks by lr trust a step.
+                u = w.grad.add_(w, alpha=self.decay)
+                w_norm, u_norm = w.norm(), u.norm()
+                factor = self.trust * w_norm / u_norm
+                u.mul_(torch.where((w_norm > 0) & (u_norm > 0), factor, 1))
         super().step()

@@ -50,12 +50,11 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops import MLP, MultiScaleRoIAlign
-from torchvision.ops.poolers import initLevelMapper
+from torchvision.ops import MLP
 from torchvision.transforms.v2.functional import resize
 
-from common import (LARS, InputError, View, box_into_view, cosine_schedule, momentum_update, rank,
-                    resnet_stages, world_size)
+from common import (LARS, InputError, PyramidRoIAlign, View, box_into_view, cosine_schedule,
+                    momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
 from plumbing.images import augment_colour, open_images, random_resized_crop
@@ -158,12 +157,11 @@ def make_views(item, args):
     image, boxes = item
     height, width = image.shape[1:]
     whole_image = View(image, torch.tensor([0.0, 0.0, width, height]), False)
-    # Differs: V2 is drawn in V1, a square, with 3/4 <= w/h <= 4/3 there, but cut from the image at
-    # its own resolution.
+    # Differs: V2 is cut from the image, with 3/4 <= w/h <= 4/3 in its pixels, as by the authors'
+    # code (transform_ops.RandomResizedCropParams); the talk's is a crop of V1, a square.
     # Differs: no cutout.  For 100 epochs (not for 400) the authors' code blanks, with p 0.5, a
     # square of 10 to 30% of a box in V2 and V3.
-    ratio = 3 / 4 * width / height, 4 / 3 * width / height
-    crop = random_resized_crop(image, args.image_size, (args.crop_scale, 1.0), ratio)
+    crop = random_resized_crop(image, args.image_size, (args.crop_scale, 1.0))
     # Differs: V3 is V2 made smaller, as the talk says, and so is V4, of which it only gives the
     # size; the authors' code crops V3 anew, and in SoCo* the view of 192, while that of 112 is V2
     # made smaller
@@ -193,20 +191,17 @@ class Network(nn.Module):
     P3, up to 192 to P4, above to P5.
     """
 
-    # Differs: the authors' code pools each box from all four levels and keeps one.  In the built-in
-    # scenes' views of 64 pixels no box is of P4 or P5, whose last convolutions stay as initialised.
+    # Differs: the authors' code pools each box from all four levels, runs head, projector and
+    # predictor on all of these, and keeps one (SoCo_FPN.py).  Their batch norm then sees four times
+    # the rows, three quarters of them of boxes too large or too small for their level.
+    # In the built-in scenes' views of 64 pixels no box is of P4 or P5, whose last convolutions get
+    # no gradient: LARS makes their weights a little smaller at each step.
     def __init__(self, arch, fpn_channels, hidden, dim):
         super().__init__()
-        # Differs: the last batch norm of a residual block starts at one; the authors' at zero
-        stages = resnet_stages(arch)
+        stages = resnet_stages(arch, zero_init_residual=True)  # as the authors' resnet.py
         self.backbone = BackboneWithFPN(stages, {f"layer{i + 1}": str(i) for i in range(4)},
                                         stages.channels, fpn_channels, norm_layer=nn.BatchNorm2d)
-        # Differs: RoI Align is not shifted by half a pixel, as in torchvision's Faster R-CNN
-        self.pool = MultiScaleRoIAlign(["0", "1", "2", "3"], 7, sampling_ratio=0, canonical_level=4,
-                                       canonical_scale=96.001)  # P4 from just above 96
-        self.pool.scales = [1 / 4, 1 / 8, 1 / 16, 1 / 32]  # it would guess them from the views
-        self.pool.map_levels = initLevelMapper(2, 5, self.pool.canonical_scale,
-                                               self.pool.canonical_level)
+        self.pool = PyramidRoIAlign(7, (4, 8, 16, 32), 96.001)  # P4 from just above 96 pixels
         self.head = FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 4, [1024],
                                        norm_layer=nn.BatchNorm2d)
         self.projector = MLP(1024, [hidden, dim], norm_layer=nn.BatchNorm1d)
@@ -215,8 +210,8 @@ class Network(nn.Module):
         pyramid = self.backbone(images)  # P2..P5, (B, C, H/s, W/s), s = 4, 8, 16, 32
         # Paper silent: on CUDA RoI Align adds up its gradients in no fixed order, so a resumed run
         # need not end bit for bit where an uninterrupted one does
-        regions = self.pool(pyramid, list(boxes), [images.shape[2:]] * len(images))
-        h = self.head(regions)  # (BP, C, 7, 7) -> (BP, 1024)
+        regions = self.pool(pyramid, list(boxes))  # (BP, C, 7, 7)
+        h = self.head(regions)  # (BP, 1024)
         return self.projector(h)
 
 
@@ -301,7 +296,8 @@ def train(args, device):
 
     warmup = args.warmup * run.steps_per_epoch
     for step, pixels, boxes, no_box in batches():
-        lr = run.scale_learning_rates(cosine_schedule(step, run.steps, warmup))
+        # Paper silent: the warm-up starts at a hundredth of the rate, as in the authors' code
+        lr = run.scale_learning_rates(cosine_schedule(step, run.steps, warmup, start=0.01))
         # Paper silent: m rises to 1 by a cosine, as in the authors' code; the talk gives its start
         m = 1 - (1 - args.momentum) * cosine_schedule(step, run.steps)
         with mixed:

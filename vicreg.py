@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import MLP
+from torchvision.transforms import InterpolationMode
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
@@ -48,7 +49,9 @@ from plumbing.images import augment_colour, measure_normalisation, open_images, 
 from plumbing.run import Run, distribute, launch, mixed_precision
 
 # Differs: the learning rate is that of 100 epochs (appendix C.4) and follows the batch size; the
-# paper's 0.2 is for 1000 epochs.  batch size -> rate per 256 images
+# paper's 0.2 is for 1000 epochs.  For 512 the README of the authors' code has 0.3; which one is
+# right they have not said (github.com/facebookresearch/vicreg/issues/23).
+# batch size -> rate per 256 images
 LEARNING_RATES = {128: 0.8, 256: 0.5, 512: 0.4, 1024: 0.3, 2048: 0.3}
 
 
@@ -146,8 +149,9 @@ def train(args, device):
 
     def batches(steps=None):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
-        # Differs: crops are resized bilinearly; the authors' bicubically
-        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
+        # Paper silent: crops are resized bicubically, as in the authors' code
+        cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0),
+                      interpolation=InterpolationMode.BICUBIC)
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
         for step, views in run.batches(images, cut, steps):
             pixels1, pixels2 = (view.pixels.to(device, non_blocking=True) for view in views)

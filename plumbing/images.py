@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms.v2.functional import resized_crop
 
 from common import InputError, View, all_reduce_sum, rank, world_size
@@ -41,21 +41,22 @@ def open_images(data, scenes):
 # ------------------------------------------------------------------- views and batches (in workers)
 
 
-def random_resized_crop(image, size, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3)):
+def random_resized_crop(image, size, scale=(0.2, 1.0), interpolation=InterpolationMode.BILINEAR):
     """A random rectangle of the image (3, H, W) uint8, resized to size x size, flipped with p 0.5.
 
-    scale: its share of the image's area; ratio: its width / height.  Returns a View.
+    scale: its share of the image's area; width / height is 3/4 to 4/3.  Returns a View.
     """
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), list(ratio))
-    pixels = resized_crop(image, top, left, height, width, [size, size], antialias=True)
+    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+    pixels = resized_crop(image, top, left, height, width, [size, size], interpolation,
+                          antialias=True)
     flipped = bool(torch.rand(()) < 0.5)
     box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
     return View(pixels.flip(-1) if flipped else pixels, box, flipped)
 
 
-def two_views(image, size, scale):
+def two_views(image, size, scale, interpolation=InterpolationMode.BILINEAR):
     """Two independent crops of one image (3, H, W), as random_resized_crop cuts them."""
-    return [random_resized_crop(image, size, scale) for _ in range(2)]
+    return [random_resized_crop(image, size, scale, interpolation) for _ in range(2)]
 
 
 class _Seeded(Dataset):

@@ -298,6 +298,77 @@ def test_contrast_statistics_by_hand():
     assert not any(common.contrast_statistics(q[:0], k[:0], k).values())
 
 
+# ------------------------------------------------------------------------- RoI Align on a pyramid
+
+
+def read_between(x, h, w):
+    """x (C, H, W) at the place (h, w), where cell i has its centre at i: bilinear; 0 from a whole
+    cell outside on, and the border's value nearer than that."""
+    if h < -1 or w < -1 or h > x.shape[1] or w > x.shape[2]:
+        return x[:, 0, 0] * 0
+    value = 0
+    h, w = max(h, 0), max(w, 0)
+    for row in range(x.shape[1]):
+        for column in range(x.shape[2]):
+            last_row, last_column = row == x.shape[1] - 1, column == x.shape[2] - 1
+            a = 1.0 if last_row and h >= row else max(0, 1 - abs(h - row))
+            b = 1.0 if last_column and w >= column else max(0, 1 - abs(w - column))
+            value = value + a * b * x[:, row, column]
+    return value
+
+
+def test_roi_align_is_a_loop_over_bilinear_samples():
+    """Values and gradients.  Each of S x S cells is the mean of ceil(side / S) samples an axis,
+    spread evenly; a pixel's centre is half a pixel from its border, on every level."""
+    torch.manual_seed(0)
+    size, strides = 2, (4, 8)
+    features = {str(i): torch.randn(2, 3, n, n, dtype=torch.float64, requires_grad=True)
+                for i, n in enumerate((8, 4, 2))}  # of images of 32 pixels; the last is not used
+    boxes = [torch.tensor([[3.0, 5.0, 9.5, 21.0], [1.0, 1.0, 30.0, 31.5], [-3.0, 20.0, 8.0, 36.0]],
+                          dtype=torch.float64),
+             torch.tensor([[0.0, 0.0, 32.0, 32.0], [17.0, 2.0, 18.5, 3.0]], dtype=torch.float64)]
+    pool = common.PyramidRoIAlign(size, strides, canonical=64)  # P3 from 32 pixels on
+    expected = []
+    for i, image in enumerate(boxes):
+        for x1, y1, x2, y2 in image.tolist():
+            level = int((x2 - x1) * (y2 - y1) >= 32 ** 2)
+            stride = strides[level]
+            x = features[str(level)][i]
+            w, h = (x2 - x1) / stride / size, (y2 - y1) / stride / size  # of a cell
+            down, across = math.ceil(h), math.ceil(w)
+            expected.append(torch.stack([torch.stack([sum(
+                read_between(x, y1 / stride - 0.5 + (row + (j + 0.5) / down) * h,
+                             x1 / stride - 0.5 + (column + (k + 0.5) / across) * w)
+                for j in range(down) for k in range(across)) / (down * across)
+                for column in range(size)], dim=1) for row in range(size)], dim=1))
+    expected = torch.stack(expected)  # (5, 3, 2, 2)
+    found = pool(features, boxes)
+    assert pool.map_levels(boxes).tolist() == [0, 0, 0, 1, 0]
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(found)
+    maps = [features["0"], features["1"]]
+    for ours, literal in zip(torch.autograd.grad((weights * found).sum(), maps),
+                             torch.autograd.grad((weights * expected).sum(), maps)):
+        assert literal.abs().sum() > 0
+        torch.testing.assert_close(ours, literal)
+    one = common.PyramidRoIAlign(size, (8,))({"0": features["1"]}, boxes)  # C4: a single level
+    torch.testing.assert_close(one[3], expected[3])
+    assert pool(features, [boxes[0][:0]] * 2).shape == (0, 3, 2, 2)
+
+
+def test_levels_at_their_borders():
+    """Eq. (1) of the FPN's paper, k = floor(4 + log2(sqrt(w h) / 224)), from P2 to P5: detectron2
+    adds 1e-8 to the fraction, which moves no border of float32."""
+    below = [side * (1 - 5e-7) for side in (112, 224, 448)]
+    sides = [0, 1, 111.99, below[0], 112, below[1], 224, 447.9, below[2], 448, 5000]
+    boxes = torch.tensor([[0, 0, side, side] for side in sides])
+    pool = common.PyramidRoIAlign(7, (4, 8, 16, 32))
+    assert pool.map_levels([boxes[:5], boxes[5:]]).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    # torchvision adds 1e-6 to the logarithm: its borders are lower by 1e-6 ln 2
+    theirs = torchvision.ops.poolers.initLevelMapper(2, 5)([boxes]).tolist()
+    assert theirs == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
 # ------------------------------------------------------------------------------------ optimization
 
 
@@ -306,13 +377,17 @@ def test_cosine_schedule_by_hand():
     assert schedule(0, 8) == 1 and schedule(4, 8) == 0.5
     assert schedule(2, 8) == pytest.approx((1 + math.sqrt(0.5)) / 2)
     assert schedule(7, 8) == pytest.approx((1 - math.cos(math.pi / 8)) / 2)
-    assert [schedule(step, 20, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1, 1]
+    # the warm-up of Barlow Twins' and VICReg's code: lr = base step / warmup
+    assert [schedule(step, 20, 4) for step in range(6)][:5] == [0, 0.25, 0.5, 0.75, 1]
+    # of SoCo's (lr_scheduler.py): base / 100 ((100 - 1) step / warmup + 1)
+    assert [schedule(step, 20, 4, start=0.01) for step in range(5)] == pytest.approx(
+        [1 / 100 * (99 * step / 4 + 1) for step in range(5)])
     assert schedule(12, 20, 4) == 0.5 and schedule(20, 20, 4) == 0
     assert schedule(12, 20, 4, end=0.001) == pytest.approx(0.5005)
     last = 0.001 + 0.999 * (1 - math.cos(math.pi / 16)) / 2
     assert schedule(19, 20, 4, end=0.001) == pytest.approx(last)
     assert schedule(20, 20, 4, end=0.001) == pytest.approx(0.001)
-    assert schedule(3, 4, 4) == schedule(4, 4, 4) == 1  # nothing but warm-up
+    assert schedule(3, 4, 4) == 0.75 and schedule(4, 4, 4) == 1  # nothing but warm-up
 
 
 def test_lars_by_hand():
@@ -322,18 +397,39 @@ def test_lars_by_hand():
     for p, gradient in ((w, [[0., 2]]), (b, [0.5]), (zero, [[1., 0]])):
         p.grad = torch.tensor(gradient)
     optimizer.step()
-    # |w| 5, |g| 2: rate 0.001 * 5 / (2 + 0.5) = 0.002; (g + 0.1 w) rate = (0.0006, 0.0048)
-    torch.testing.assert_close(w.data, torch.tensor([[3 - 0.006, 4 - 0.048]]))
+    # u = g + 0.1 w = (0.3, 2.4); |w| 5: u is multiplied by 0.001 * 5 / |u|
+    step = 0.005 * np.array([0.3, 2.4]) / math.hypot(0.3, 2.4)
+    w_by_hand = np.array([3, 4]) - 10 * step
+    torch.testing.assert_close(w.data[0], torch.tensor(w_by_hand).float())
     assert b.item() == pytest.approx(2 - 10 * 0.5) and zero.tolist() == [[-10, 0]]
     w.grad, b.grad, zero.grad = torch.zeros(1, 2), torch.tensor([1.0]), None
-    optimizer.step()  # without a gradient the plain step, of the decay; and 0.9 of the last one
-    expected = torch.tensor([[3 - 0.006, 4 - 0.048]])
-    expected = expected - 10 * (0.9 * torch.tensor([[0.0006, 0.0048]]) + 0.1 * expected)
-    torch.testing.assert_close(w.data, expected)
+    optimizer.step()  # without a gradient u is the decay alone: 0.001 w; and 0.9 of the last step
+    w_by_hand = w_by_hand - 10 * (0.9 * step + 0.001 * w_by_hand)
+    torch.testing.assert_close(w.data[0], torch.tensor(w_by_hand).float())
     assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1))
     again = common.LARS([w, b, zero], lr=1.0)
     again.load_state_dict(optimizer.state_dict())
     torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([1.45]))
+
+
+@pytest.mark.parametrize("decay", [0.0, 1e-6, 0.1])
+def test_lars_is_the_authors_step(decay):
+    """The steps of Barlow Twins', VICReg's and SoCo's code, number by number: u = g + decay w,
+    u <- eta |w| / |u| u, mu <- 0.9 mu + u, w <- w - lr mu, with another lr at each step."""
+    torch.manual_seed(0)
+    ours = torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+    optimizer = common.LARS([ours], lr=0.0, momentum=0.9, weight_decay=decay, trust=0.001)
+    w, mu = ours.detach().numpy().copy(), np.zeros((3, 4))
+    for lr in (0.0, 1.6, 3.2, 0.5):
+        g = np.random.default_rng(int(10 * lr)).normal(size=(3, 4))
+        u = g + decay * w
+        u = u * 0.001 * math.sqrt((w ** 2).sum()) / math.sqrt((u ** 2).sum())
+        mu = 0.9 * mu + u
+        w = w - lr * mu
+        ours.grad = torch.tensor(g)
+        optimizer.param_groups[0]["lr"] = lr
+        optimizer.step()
+        np.testing.assert_allclose(ours.detach().numpy(), w, rtol=1e-14, atol=1e-15)
 
 
 # ---------------------------------------------------------------------------------- two processes

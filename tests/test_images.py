@@ -1,10 +1,14 @@
 import itertools
 from contextlib import redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 from conftest import coordinates, make_photos, process_group, start_processes
+from PIL import Image
+from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
+from torchvision.transforms.v2.functional import resized_crop
 
 from common import InputError, View
 from plumbing import images as im
@@ -55,6 +59,31 @@ def test_two_views_are_two_independent_crops():
         expected = im.random_resized_crop(image, 16, (0.3, 0.9))
         assert torch.equal(view.pixels, expected.pixels) and torch.equal(view.box, expected.box)
     assert not torch.equal(views[0].box, views[1].box) and len(views) == 2
+
+
+def test_bicubic_crops_are_pils():
+    """As Barlow Twins' and VICReg's code cuts and resizes them: PIL's crop, then its BICUBIC."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (20, 30, 3), dtype=np.uint8))
+    photo = noise.resize((300, 200), Image.BICUBIC)
+    image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
+    for size in (32, 224):  # smaller, and larger
+        torch.manual_seed(0)
+        views = im.two_views(image, size, (0.2, 0.5), InterpolationMode.BICUBIC)
+        torch.manual_seed(0)
+        plain = im.two_views(image, size, (0.2, 0.5))
+        for view, bilinear in zip(views, plain):
+            box = [round(side) for side in view.box.tolist()]
+            theirs = photo.crop(box).resize((size, size), Image.BICUBIC)
+            theirs = torch.from_numpy(np.array(theirs)).permute(2, 0, 1)
+            ours = view.pixels.flip(-1) if view.flipped else view.pixels
+            apart = (ours.int() - theirs.int()).abs()  # PIL rounds once more, between the axes
+            assert apart.max() <= 2 and apart.float().mean() < 0.5
+            top, left, height, width = box[1], box[0], box[3] - box[1], box[2] - box[0]
+            again = resized_crop(image, top, left, height, width, [size, size],
+                                 InterpolationMode.BICUBIC, antialias=True)
+            assert torch.equal(ours, again) and torch.equal(view.box, bilinear.box)
+            assert (view.pixels.int() - bilinear.pixels.int()).abs().float().mean() > 0.2
 
 
 def draw(image):

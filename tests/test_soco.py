@@ -32,7 +32,13 @@ def batch(number=4, sizes=(64, 64, 32), seed=0):
 
 
 def small():
-    return soco.SoCo(**SIZES)
+    """A small SoCo, as after its first steps: the last batch norm of a block is no longer 0."""
+    model = soco.SoCo(**SIZES)
+    for network in (model.online, model.target):
+        for name, p in network.backbone.body.named_parameters():
+            if name.endswith("bn2.weight"):
+                torch.nn.init.ones_(p)
+    return model
 
 
 def settled(model):
@@ -161,9 +167,22 @@ def test_a_box_goes_to_the_level_of_its_size():
             box = torch.tensor([[0., 0., w, h]])
             assert network.pool.map_levels([box]).item() == level, (side, ratio)
             flat = {str(i): torch.full((1, 8, 64, 64), float(i)) for i in range(4)}
-            pooled = network.pool(flat, [box.clamp(max=256)], [(256, 256)])
+            pooled = network.pool(flat, [box.clamp(max=256)])
             if side < 200 and ratio == 1:
                 torch.testing.assert_close(pooled, torch.full_like(pooled, level))
+
+
+def test_a_residual_block_starts_as_the_identity():
+    """Its last batch norm is 0 at the start, of ResNet-18 as of ResNet-50."""
+    torch.manual_seed(0)
+    for arch, last, number in (("resnet18", "bn2", 8), ("resnet50", "bn3", 16)):
+        body = soco.Network(**{**SIZES, "arch": arch}).backbone.body
+        blocks = [block for i in range(1, 5) for block in getattr(body, f"layer{i}")]
+        assert len(blocks) == number
+        assert not any(block.get_submodule(last).weight.any() for block in blocks)
+        assert all(block.bn1.weight.eq(1).all() for block in blocks)
+        x = torch.rand(2, blocks[1].conv1.in_channels, 8, 8)
+        assert torch.equal(blocks[1](x), x)
 
 
 @pytest.mark.parametrize("size", [224, 112, 40, 36])
@@ -172,13 +191,13 @@ def test_pooling_reads_where_the_box_is(size):
     network = soco.Network(**SIZES)
     pyramid = {}
     for i, stride in enumerate((4, 8, 16, 32)):
-        cells = (torch.arange(math.ceil(size / stride)) + 0.0) * stride
+        cells = (torch.arange(math.ceil(size / stride)) + 0.5) * stride
         pyramid[str(i)] = torch.stack([cells.expand(len(cells), -1), cells[:, None].expand(
             -1, len(cells))])[None].repeat(2, 1, 1, 1)
     side = size * torch.tensor([0.15, 0.25, 0.5])  # a cell of P2 at least
     boxes = torch.stack([torch.stack([0.2 * size + 0 * s, 0.15 * size + 0 * s, 0.2 * size + s,
                                       0.15 * size + s]) for s in side])
-    pooled = network.pool(pyramid, [boxes, boxes + 0.1 * size], [(size, size)] * 2)
+    pooled = network.pool(pyramid, [boxes, boxes + 0.1 * size])
     for regions, where in ((pooled[:3], boxes), (pooled[3:], boxes + 0.1 * size)):
         for region, (x1, y1, x2, y2) in zip(regions, where):
             centres = (torch.arange(7) + 0.5) / 7
@@ -195,7 +214,7 @@ def test_one_level_a_box_equals_all_four_with_three_masked():
     pyramid, expected = network.backbone(image), 0
     for name, low, high in (("0", 0, 48), ("1", 48, 96), ("2", 96, 192), ("3", 192, 1000)):
         level = pyramid[name]
-        regions = roi_align(level, [boxes], 7, level.shape[-1] / 224, sampling_ratio=0)
+        regions = roi_align(level, [boxes], 7, level.shape[-1] / 224, aligned=True)
         mask = ((sides > low) & (sides <= high)).float()[:, None]
         expected = expected + mask * network.projector(network.head(regions))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
@@ -214,7 +233,7 @@ def read(pixels, box):
 def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, view4):
     args = soco.parse_args(f"--data x --image-size {size} --small-size {small} --view4 {view4} "
                            "--boxes-per-image 3".split())
-    image, flips, shares = coordinates(width, height), set(), []
+    image, flips, shares, ratios = coordinates(width, height), set(), [], []
     for seed in range(150):
         torch.manual_seed(seed)
         boxes = soco.random_boxes(width, height, 6)
@@ -227,8 +246,9 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
         share = (crop[2:] - crop[:2]).prod() / (width * height)
         assert 0.47 < share <= 1
         shares.append(share.item())
-        w, h = crop[2:] - crop[:2]
-        assert 0.72 < w / width * height / h < 1.38
+        w, h = (crop[2:] - crop[:2]).tolist()
+        assert (w - 1) / (h + 1) <= 4 / 3 and (w + 1) / (h - 1) >= 3 / 4  # in the image's pixels
+        ratios.append(math.log(w / h))
         assert (places[:, :2] >= crop[:2]).all() and (places[:, 2:] <= crop[2:]).all()
         quarter = torch.tensor([0.25, 0.75])
         for view in views:
@@ -244,7 +264,11 @@ def test_a_box_shows_the_same_place_in_all_views(width, height, size, small, vie
                 x, y = x1 + quarter * (x2 - x1) - 0.5, y1 + quarter * (y2 - y1) - 0.5
                 assert (seen[p, 0] - x).abs().max() < slack
                 assert (seen[p, 1] - y[:, None]).abs().max() < slack
-    assert len(flips) == 16 and min(shares) < 0.55 and max(shares) > 0.9
+    assert len(flips) == 16 and min(shares) < 0.55
+    if (width, height) == (250, 200):  # the others are too long for large crops of these ratios
+        assert max(shares) > 0.9
+        assert min(ratios) < math.log(0.8) and max(ratios) > math.log(1.28)
+        assert 1 < math.exp(np.mean(ratios)) < 1.12  # in V1's square it would be 1.25
 
 
 def test_chosen_boxes_by_hand():
