@@ -1,29 +1,102 @@
-"""torchvision's Faster R-CNN (Ren et al., arXiv 1506.01497) as MoCo, DetCo and DUPR fine-tune it.
+"""Faster R-CNN (Ren et al., arXiv 1506.01497) as MoCo, DetCo and DUPR fine-tune it in detectron2.
 
 `c4`: the RPN on Res4, Res5 as the box head with one more batch norm after it (MoCo, appendix).
 `fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.  All layers train,
 and batch norm trains with them: self-supervised features are of another scale than supervised ones,
 and frozen statistics would not fit them.
+
+The parts are torchvision's.  Where detectron2 (config/defaults.py, configs/Base-RCNN-C4.yaml and
+Base-RCNN-FPN.yaml) computes otherwise, so does this file: RoI Align, anchors, losses, the padding
+of images, the weights at the start.
 """
 import copy
+import math
 from collections import OrderedDict
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection import roi_heads, rpn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
-from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
+from torchvision.models.detection.faster_rcnn import (FastRCNNConvFCHead, FastRCNNPredictor,
+                                                      TwoMLPHead)
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from common import InputError, ResNetStages, backbone_stages, rank
+from common import InputError, PyramidRoIAlign, ResNetStages, backbone_stages, rank
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.weights import AVERAGED, load_backbone, load_checkpoint
 
-RATIOS = 0.5, 1.0, 2.0  # heights of the anchors over their widths
-# Differs: detectron2 shifts RoIAlign by half a pixel, which is no option of torchvision's
-roi_align = partial(MultiScaleRoIAlign, sampling_ratio=0)
+
+class Anchors(AnchorGenerator):
+    """detectron2's anchors (modeling/anchor_generator.py): sides that are not rounded, and the same
+    stride at every size of image.
+
+    sizes: of each level, the square roots of its anchors' areas; strides: of each level, in pixels.
+    """
+
+    def __init__(self, sizes, strides):
+        super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(sizes))  # heights over widths
+        self.strides = [(stride, stride) for stride in strides]
+
+    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
+        """One level's anchors around 0, (A, 4): ratio by ratio of one size after the other."""
+        boxes = []
+        for size in scales:
+            for ratio in aspect_ratios:
+                w = math.sqrt(size ** 2 / ratio)
+                h = ratio * w
+                boxes.append([-w / 2, -h / 2, w / 2, h / 2])
+        return torch.tensor(boxes, dtype=dtype, device=device)
+
+    def grid_anchors(self, grid_sizes, _strides):
+        """Each level's anchors at all of its positions; torchvision's strides depend on padding."""
+        return super().grid_anchors(grid_sizes, self.strides)
+
+
+class RPN(rpn.RegionProposalNetwork):
+    """torchvision's RPN with detectron2's loss (modeling/proposal_generator/rpn.py)."""
+
+    def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
+        """Cross entropy of the sampled anchors, L1 distance of the positive ones' deltas: sums over
+        the number that should be sampled, 256 of an image."""
+        positive, negative = (torch.cat(chosen) > 0 for chosen in self.fg_bg_sampler(labels))
+        sampled = positive | negative
+        number = self.fg_bg_sampler.batch_size_per_image * len(labels)
+        cross_entropy = F.binary_cross_entropy_with_logits(
+            objectness.flatten()[sampled], torch.cat(labels)[sampled], reduction="sum")
+        distance = F.l1_loss(pred_bbox_deltas[positive], torch.cat(regression_targets)[positive],
+                             reduction="sum")
+        return cross_entropy / number, distance / number
+
+
+def box_head_losses(logits, deltas, labels, targets):
+    """Cross entropy of all sampled RoIs, L1 distance of the deltas of those that are objects: means
+    over all (detectron2's modeling/roi_heads/fast_rcnn.py).
+
+    logits: (N, K + 1); deltas: (N, 4 (K + 1)), of each class; labels: (N,), 0 is background;
+    targets: (N, 4).  Returns two scalars.
+    """
+    objects = (labels > 0).nonzero().squeeze(1)
+    deltas = deltas.unflatten(1, (-1, 4))[objects, labels[objects]]  # (objects, 4)
+    distance = F.l1_loss(deltas, targets[objects], reduction="sum") / max(1, len(labels))
+    return F.cross_entropy(logits, labels), distance
+
+
+class RoIHeads(roi_heads.RoIHeads):
+    """torchvision's box head and what samples for it, with detectron2's loss."""
+
+    def forward(self, features, proposals, image_shapes, targets=None):
+        """torchvision's, in training up to the losses of this file."""
+        if not self.training:
+            return super().forward(features, proposals, image_shapes)
+        proposals, _, labels, deltas = self.select_training_samples(proposals, targets)
+        h = self.box_head(self.box_roi_pool(features, proposals))
+        classifier, box = box_head_losses(*self.box_predictor(h), torch.cat(labels),
+                                          torch.cat(deltas))
+        return [], dict(loss_classifier=classifier, loss_box_reg=box)
 
 
 class Pyramid(nn.Module):
@@ -40,8 +113,8 @@ class Pyramid(nn.Module):
         return self.fpn(OrderedDict(zip("0123", self.body(images))))
 
 
-def _c4_parts(stages, sizes, rois):
-    """The C4 detector's backbone, the width of its box head, and FasterRCNN's other parts."""
+def _c4_parts(stages, sizes):
+    """The C4 detector's backbone, anchors, RoI Align, box head and its width."""
     *shallow, res5 = stages.named_children()
     backbone = nn.Sequential(OrderedDict(shallow))  # (B, C, H/16, W/16); ResNet-50: C = 1024
     backbone.out_channels, width = stages.channels[2:]
@@ -49,36 +122,34 @@ def _c4_parts(stages, sizes, rois):
         res5,  # RoIs (N, 1024, 14, 14) -> (N, 2048, 7, 7)
         ("norm", nn.BatchNorm2d(width)),
         ("pool", nn.AdaptiveAvgPool2d(1)), ("flatten", nn.Flatten())]))  # (N, 2048)
-    return backbone, width, dict(
-        rpn_anchor_generator=AnchorGenerator((sizes,), (RATIOS,)), box_head=box_head,
-        box_roi_pool=roi_align(["0"], output_size=14),
-        rpn_pre_nms_top_n_train=12000, rpn_pre_nms_top_n_test=6000,  # as detectron2's C4
-        rpn_post_nms_top_n_train=min(2000, 4 * rois))
+    return backbone, Anchors((sizes,), (16,)), PyramidRoIAlign(14, (16,)), box_head, width
 
 
-def _fpn_parts(stages, channels, sizes, rois, box_head):
+def _fpn_parts(stages, channels, sizes, box_head):
     """The same parts of the FPN detector."""
-    parts = dict(
-        rpn_anchor_generator=AnchorGenerator([(size,) for size in sizes], [RATIOS] * 5),
-        box_roi_pool=roi_align(["0", "1", "2", "3"], output_size=7),
-        rpn_post_nms_top_n_train=min(1000, 4 * rois))
-    backbone = Pyramid(stages, channels)
+    strides = 4, 8, 16, 32, 64
     if box_head == "4conv1fc":
-        parts["box_head"] = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024],
-                                               norm_layer=nn.BatchNorm2d)
-    return backbone, 1024, parts
+        box_head = FastRCNNConvFCHead((channels, 7, 7), [channels] * 4, [1024],
+                                      norm_layer=nn.BatchNorm2d)
+    else:
+        box_head = TwoMLPHead(channels * 7 * 7, 1024)
+    for layer in box_head.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_uniform_(layer.weight, a=1)
+            nn.init.zeros_(layer.bias)
+    return (Pyramid(stages, channels), Anchors([(size,) for size in sizes], strides),
+            PyramidRoIAlign(7, strides[:4]), box_head, 1024)
 
 
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False):
-    """torchvision's Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
+    """Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
     backbone_only, an FPN and a box head that it holds under this detector's names are loaded too.
     box_head, of the FPN: "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or
-    None: as in weights, or else torchvision's two linear layers.  mean, std: of red, green and blue
-    in 0..1.
+    None: as in weights, or else two linear layers.  mean, std: of red, green and blue in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
     Raises InputError: C4 of another backbone than a ResNet, weights that do not fit.
@@ -88,26 +159,48 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
     rest = load_backbone(stages, weights) if weights != "none" else {}
     rest = {} if backbone_only else rest
-    # Differs: torchvision rounds the anchors' sides to whole pixels, detectron2 does not
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
-        backbone, width, parts = _c4_parts(stages, sizes, rois)
+        backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
+        before_nms, after_nms, divisor = dict(training=12000, testing=6000), 2000, 1
     else:
         if any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest):
             box_head = "4conv1fc"
-        backbone, width, parts = _fpn_parts(stages, fpn_channels, sizes, rois, box_head)
-    # Differs: box losses are smooth L1 (detectron2: L1), and the predictors' weights start at
-    # torch's default scale (detectron2: standard deviations of 0.01 and 0.001)
-    model = FasterRCNN(backbone, box_predictor=FastRCNNPredictor(width, num_classes + 1),
-                       min_size=tuple(min_size), max_size=max_size, box_batch_size_per_image=rois,
-                       rpn_post_nms_top_n_test=min(1000, 2 * rois), image_mean=list(mean),
-                       image_std=list(std), **parts)
+        backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
+        before_nms, after_nms, divisor = dict(training=2000, testing=1000), 1000, 32  # of a level
+    after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
+    # Differs: boxes with a side below 0.001 pixels are no proposals, below 0.01 no detections, as
+    # in torchvision; detectron2 leaves out those without area
+    proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
+                    fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
+                    positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms,
+                    nms_thresh=0.7)
+    heads = RoIHeads(pool, head, box_predictor(width, num_classes), fg_iou_thresh=0.5,
+                     bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
+                     bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,
+                     detections_per_img=100)
+    # Differs: an image's sides are rounded down when it is resized, and it is not smoothed before
+    # it is made smaller; detectron2 rounds to the next pixel, and PIL smooths
+    transform = GeneralizedRCNNTransform(tuple(min_size), max_size, list(mean), list(std),
+                                         size_divisible=divisor)
+    model = GeneralizedRCNN(backbone, proposals, heads, transform)
     if detector == "fpn":
         load_part(model.backbone.fpn, "backbone.fpn.", rest, weights)
         load_part(model.roi_heads.box_head, "roi_heads.box_head.", rest, weights)
-    for head in (model.rpn.head, model.roi_heads.box_predictor):
-        head.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
+    for part in (model.rpn.head, model.roi_heads.box_predictor):
+        part.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
     return model
+
+
+def box_predictor(width, num_classes):
+    """(N, width) -> class scores (N, K + 1), background first, and deltas (N, 4 (K + 1)), drawn as
+    in detectron2.  No loss uses the background's deltas, which detectron2 does not predict."""
+    predictor = FastRCNNPredictor(width, num_classes + 1)
+    nn.init.normal_(predictor.cls_score.weight, std=0.01)
+    nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
+    nn.init.zeros_(predictor.cls_score.bias)
+    nn.init.zeros_(predictor.bbox_pred.bias)
+    return predictor
 
 
 def load_part(module, name, rest, path):
@@ -184,6 +277,7 @@ def training_bytes(model, images, height, width, rois):
     maps = model.backbone(torch.empty(images, 3, height, width, device="meta"))
     maps = [*maps.values()] if isinstance(maps, dict) else [maps]
     model.rpn.head(maps)
-    size = model.roi_heads.box_roi_pool.output_size
-    model.roi_heads.box_head(torch.empty(images * rois, maps[0].shape[1], *size, device="meta"))
+    size = model.roi_heads.box_roi_pool.size
+    model.roi_heads.box_head(torch.empty(images * rois, maps[0].shape[1], size, size,
+                                         device="meta"))
     return sum(total) + 12 * sum(p.numel() for p in model.parameters())

@@ -1,14 +1,19 @@
+import math
+import re
+
 import numpy as np
 import pytest
 import torch
 import torchvision
 from conftest import start_processes
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
+from torchvision.models.detection.image_list import ImageList
 
 from common import InputError, backbone_stages, resnet_stages
 from detection.data import LabelledScenes, training_item
-from detection.models import build_detector, detect, training_bytes
-from plumbing.weights import save_checkpoint, save_tensors
+from detection.models import (RoIHeads, box_head_losses, build_detector, detect,
+                              training_bytes)
+from plumbing.weights import detectron2_name, save_checkpoint, save_tensors
 
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=8, rois=16)
 
@@ -55,66 +60,232 @@ def test_a_detector_on_a_swin(tmp_path):
         build_detector("swin_t", 6, "c4", **SMALL)
 
 
-RESNET50 = {"conv1.weight": (64, 3, 7, 7), "bn1.running_var": (64,),
-            "layer1.0.downsample.0.weight": (256, 64, 1, 1),
-            "layer2.3.conv2.weight": (128, 128, 3, 3),
-            "layer3.0.conv1.weight": (256, 512, 1, 1), "layer3.5.conv3.weight": (1024, 256, 1, 1)}
-RES5 = {"layer4.0.conv1.weight": (512, 1024, 1, 1),
-        "layer4.0.downsample.0.weight": (2048, 1024, 1, 1),
-        "layer4.2.conv3.weight": (2048, 512, 1, 1), "layer4.2.bn3.bias": (2048,)}
-C4 = {**{f"backbone.{k}": v for k, v in RESNET50.items()},
-      **{f"roi_heads.box_head.{k}": v for k, v in RES5.items()},
-      **{f"roi_heads.box_head.norm.{k}": (2048,) for k in ("weight", "bias", "running_mean",
-                                                           "running_var")},
-      "rpn.head.conv.0.0.weight": (1024, 1024, 3, 3),  # 15 anchors a position
-      "rpn.head.cls_logits.weight": (15, 1024, 1, 1), "rpn.head.bbox_pred.weight": (60, 1024, 1, 1),
-      "roi_heads.box_predictor.cls_score.weight": (21, 2048),
-      "roi_heads.box_predictor.bbox_pred.weight": (84, 2048)}
-FPN = {**{f"backbone.body.{k}": v for k, v in {**RESNET50, **RES5}.items()},
-       **{f"backbone.fpn.inner_blocks.{i}.0.weight": (256, 256 << i, 1, 1) for i in range(4)},
-       **{f"backbone.fpn.layer_blocks.{i}.0.weight": (256, 256, 3, 3) for i in range(4)},
-       **{f"backbone.fpn.{b}_blocks.{i}.1.{k}": (256,) for b in ("inner", "layer") for i in range(4)
-          for k in ("weight", "bias", "running_mean", "running_var")},
-       "rpn.head.conv.0.0.weight": (256, 256, 3, 3),  # 3 anchors a position
-       "rpn.head.cls_logits.weight": (3, 256, 1, 1), "rpn.head.bbox_pred.weight": (12, 256, 1, 1),
-       "roi_heads.box_head.fc6.weight": (1024, 256 * 7 * 7),
-       "roi_heads.box_head.fc7.weight": (1024, 1024),
-       "roi_heads.box_predictor.cls_score.weight": (21, 1024),
-       "roi_heads.box_predictor.bbox_pred.weight": (84, 1024)}
+NORM = "weight", "bias", "running_mean", "running_var"
+TENSORS = {}  # detectron2's names and shapes, of ResNet-50 and 20 classes, as its own models have
 
 
-@pytest.mark.parametrize("detector, shapes, backbone_tensors", [("c4", C4, 258), ("fpn", FPN, 366)])
-def test_the_papers_detectors(detector, shapes, backbone_tensors):
+def add(kind, name, shape, norm):
+    """A layer: its weight and its bias, or, with ``norm``, the batch norm after it."""
+    TENSORS.setdefault(kind, {})[f"{name}.weight"] = shape
+    TENSORS[kind].update({f"{name}.norm.{k}": shape[:1] for k in NORM} if norm else
+                         {f"{name}.bias": shape[:1]})
+
+
+for kind, body in (("c4", "backbone"), ("fpn", "backbone.bottom_up")):
+    add(kind, f"{body}.stem.conv1", (64, 3, 7, 7), True)
+    into = 64
+    for stage, blocks, width in ((2, 3, 64), (3, 4, 128), (4, 6, 256), (5, 3, 512)):
+        at = "roi_heads.res5" if (kind, stage) == ("c4", 5) else f"{body}.res{stage}"
+        add(kind, f"{at}.0.shortcut", (4 * width, into, 1, 1), True)
+        for block in range(blocks):
+            add(kind, f"{at}.{block}.conv1", (width, into, 1, 1), True)
+            add(kind, f"{at}.{block}.conv2", (width, width, 3, 3), True)
+            add(kind, f"{at}.{block}.conv3", (4 * width, width, 1, 1), True)
+            into = 4 * width
+    width, anchors, out = (1024, 15, 2048) if kind == "c4" else (256, 3, 1024)
+    add(kind, "proposal_generator.rpn_head.conv", (width, width, 3, 3), False)
+    add(kind, "proposal_generator.rpn_head.objectness_logits", (anchors, width, 1, 1), False)
+    add(kind, "proposal_generator.rpn_head.anchor_deltas", (4 * anchors, width, 1, 1), False)
+    add(kind, "roi_heads.box_predictor.cls_score", (21, out), False)
+    add(kind, "roi_heads.box_predictor.bbox_pred", (80, out), False)
+TENSORS["c4"].update({f"roi_heads.res5.norm.{k}": (2048,) for k in NORM})  # MoCo's extra one
+for level in (2, 3, 4, 5):
+    add("fpn", f"backbone.fpn_lateral{level}", (256, 64 << level, 1, 1), True)
+    add("fpn", f"backbone.fpn_output{level}", (256, 256, 3, 3), True)
+add("fpn", "roi_heads.box_head.fc1", (1024, 256 * 7 * 7), False)
+add("fpn", "roi_heads.box_head.fc2", (1024, 1024), False)
+
+LAYERS = {"rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
+          "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
+          "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
+          "roi_heads.box_head.layer4": "roi_heads.layer4",
+          "roi_heads.box_head.norm": "roi_heads.res5.norm",
+          "box_head.fc6": "box_head.fc1", "box_head.fc7": "box_head.fc2",
+          "backbone.body": "backbone.bottom_up"}
+
+
+def name_in_detectron2(name):
+    """detectron2's name of the tensor that our detector calls ``name``."""
+    for ours, theirs in LAYERS.items():
+        name = name.replace(ours, theirs)
+    name = re.sub(r"fpn\.(inner|layer)_blocks\.(\d)\.(0|1)", lambda found: "fpn_" + (
+        "lateral" if found[1] == "inner" else "output") + str(int(found[2]) + 2) +
+        ".norm" * (found[3] == "1"), name)
+    prefix, rest = re.match(r"(backbone\.bottom_up\.|backbone\.|roi_heads\.)?(.*)", name).groups()
+    return (prefix or "") + detectron2_name(rest)
+
+
+@pytest.mark.parametrize("detector, tensors, parameters", [
+    ("c4", 279, 33_234_160), ("fpn", 319, 41_447_604)])
+def test_names_shapes_and_counts_are_detectron2s(detector, tensors, parameters):
+    """Batch norm counts its batches here as there, which is left out.  The only other shape: the
+    background, here the first class, has deltas too."""
     model = build_detector("resnet50", 20, detector)
-    state = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert {k: state.get(k) for k in shapes} == shapes
-    if detector == "c4":
-        assert not [k for k in state if "fpn" in k or "fc6" in k or "backbone.layer4" in k]
-        assert model.rpn.anchor_generator.sizes == ((32, 64, 128, 256, 512),)
-    else:
-        assert [*model.rpn.anchor_generator.sizes] == [(32,), (64,), (128,), (256,), (512,)]
-        assert not [k for k in state if k.startswith("backbone.fpn") and k.endswith(".0.bias")]
-    assert sum(k.startswith("backbone.") for k in state) == backbone_tensors
-    assert model.roi_heads.detections_per_img == 100 and model.roi_heads.score_thresh == 0.05
-    assert model.rpn._pre_nms_top_n == dict(c4=dict(training=12000, testing=6000),
-                                            fpn=dict(training=2000, testing=1000))[detector]
-    assert model.rpn._post_nms_top_n == dict(c4=dict(training=2000, testing=1000),
-                                             fpn=dict(training=1000, testing=1000))[detector]
-    assert model.roi_heads.box_roi_pool.sampling_ratio == 0
-    assert model.roi_heads.fg_bg_sampler.batch_size_per_image == 512
+    state = {name_in_detectron2(k): tuple(v.shape) for k, v in model.state_dict().items()
+             if not k.endswith("num_batches_tracked")}
+    for k, rows in (("weight", (84, state["roi_heads.box_predictor.cls_score.weight"][1])),
+                    ("bias", (84,))):
+        assert state[f"roi_heads.box_predictor.bbox_pred.{k}"] == rows
+        state[f"roi_heads.box_predictor.bbox_pred.{k}"] = (80, *rows[1:])
+    assert state == TENSORS[detector] and len(state) == tensors
+    number = sum(math.prod(shape) for k, shape in state.items() if "running" not in k)
+    background = 4 * model.roi_heads.box_predictor.bbox_pred.in_features + 4
+    assert number == sum(p.numel() for p in model.parameters()) - background == parameters
+
+
+@pytest.mark.parametrize("detector", ["c4", "fpn"])
+def test_the_numbers_are_detectron2s(detector):
+    """config/defaults.py, Base-RCNN-C4.yaml and Base-RCNN-FPN.yaml."""
+    model = build_detector("resnet50", 20, detector)
+    rpn, heads = model.rpn, model.roi_heads
+    assert heads.detections_per_img == 100 and heads.score_thresh == 0.05
+    assert rpn._pre_nms_top_n == dict(c4=dict(training=12000, testing=6000),
+                                      fpn=dict(training=2000, testing=1000))[detector]
+    assert rpn._post_nms_top_n == dict(c4=dict(training=2000, testing=1000),
+                                       fpn=dict(training=1000, testing=1000))[detector]
+    for part, number, share, low, high, weak in (
+            (rpn, 256, 0.5, 0.3, 0.7, True), (heads, 512, 0.25, 0.5, 0.5, False)):
+        assert part.fg_bg_sampler.batch_size_per_image == number
+        assert part.fg_bg_sampler.positive_fraction == share
+        matcher = part.proposal_matcher
+        assert (matcher.low_threshold, matcher.high_threshold) == (low, high)
+        assert matcher.allow_low_quality_matches == weak
+        assert part.box_coder.bbox_xform_clip == math.log(1000 / 16)
+    assert (rpn.nms_thresh, heads.nms_thresh) == (0.7, 0.5)
+    assert (rpn.box_coder.weights, heads.box_coder.weights) == ((1, 1, 1, 1), (10, 10, 5, 5))
+    pool = heads.box_roi_pool
+    assert (pool.size, pool.strides, pool.canonical) == dict(
+        c4=(14, (16,), 224), fpn=(7, (4, 8, 16, 32), 224))[detector]
+
+
+@pytest.mark.parametrize("detector", ["c4", "fpn"])
+def test_predictors_start_as_detectron2s(detector):
+    torch.manual_seed(0)
+    model = build_detector("resnet50", 20, detector)
+    head, predictor = model.rpn.head, model.roi_heads.box_predictor
+    layers = [(head.conv[0][0], 0.01), (head.cls_logits, 0.01), (head.bbox_pred, 0.01),
+              (predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)]
+    if detector == "fpn":  # c2_xavier_fill: uniform up to sqrt(3 / inputs), deviation sqrt(1 / ..)
+        layers += [(model.roi_heads.box_head.fc6, (256 * 49) ** -0.5),
+                   (model.roi_heads.box_head.fc7, 1024 ** -0.5)]
+        assert model.roi_heads.box_head.fc7.weight.abs().max() <= (3 / 1024) ** 0.5
+    for layer, deviation in layers:
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=0.05)
+        assert abs(layer.weight.mean().item()) < 0.1 * deviation and not layer.bias.any()
+
+
+def test_anchors_by_hand():
+    """detectron2's: w = sqrt(size^2 / ratio), h = ratio w, around (0, 0), then at every stride."""
+    narrow = 32 * math.sqrt(0.5)  # 22.627, which torchvision rounds to 23 or 22
+    cell = [[-narrow, -narrow / 2, narrow, narrow / 2], [-16, -16, 16, 16],
+            [-narrow / 2, -narrow, narrow / 2, narrow]]
+    model = build_detector("resnet18", 2, "c4", min_size=[90], max_size=100)
+    anchors, = model.rpn.anchor_generator(  # 90 x 100 pixels, and no multiple of 32 around them
+        ImageList(torch.zeros(1, 3, 90, 100), [(90, 100)]), [torch.zeros(1, 256, 6, 7)])
+    anchors = anchors.view(6, 7, 5, 3, 4)  # rows, columns, sizes, ratios
+    for size in range(5):
+        expected = torch.tensor(cell) * 2 ** size
+        torch.testing.assert_close(anchors[0, 0, size], expected)
+        torch.testing.assert_close(anchors[5, 3, size],
+                                   expected + torch.tensor([48., 80, 48, 80]))
+    model = build_detector("resnet18", 2, "fpn", **SMALL)  # 8 to 128 pixels
+    sides = (24, 24), (12, 12), (6, 6), (3, 3), (2, 2)  # of an image of 96 x 96
+    levels = [torch.zeros(2, 16, *side) for side in sides]
+    images = ImageList(torch.zeros(2, 3, 96, 96), [(96, 96), (96, 80)])
+    one, two = model.rpn.anchor_generator(images, levels)
+    assert torch.equal(one, two)
+    for i, (level, stride) in enumerate(zip(one.split([3 * h * w for h, w in sides]),
+                                            (4, 8, 16, 32, 64))):
+        h, w = sides[i]
+        last = torch.tensor([(w - 1) * stride, (h - 1) * stride] * 2)
+        expected = torch.tensor(cell) / 4 * 2 ** i
+        torch.testing.assert_close(level.view(h, w, 3, 4)[0, 0], expected)
+        torch.testing.assert_close(level.view(h, w, 3, 4)[-1, -1], expected + last)
+
+
+def literal_rpn_losses(logits, deltas, labels, targets, images):
+    """detectron2's rpn.py, anchor by anchor: sums over 256 anchors of each image."""
+    cross_entropy = distance = 0
+    for logit, delta, label, target in zip(logits.flatten(), deltas, labels, targets):
+        if label == 1:
+            cross_entropy = cross_entropy + torch.log(1 + torch.exp(-logit))
+            distance = distance + sum(abs(d - t) for d, t in zip(delta, target))
+        elif label == 0:
+            cross_entropy = cross_entropy + torch.log(1 + torch.exp(logit))
+    return cross_entropy / (256 * images), distance / (256 * images)
+
+
+def test_the_rpns_losses_are_detectron2s():
+    """Of two images whose anchors are all sampled; -1 is between positive and negative."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 2, **SMALL)
+    labels = torch.tensor([1.0] * 20 + [0.0] * 60 + [-1.0] * 20)[torch.randperm(100)]
+    logits = torch.randn(100, 1, dtype=torch.float64, requires_grad=True)
+    deltas = torch.randn(100, 4, dtype=torch.float64, requires_grad=True)
+    targets = torch.randn(100, 4, dtype=torch.float64)
+    found = model.rpn.compute_loss(logits, deltas, [*labels.double().split(50)],
+                                   [*targets.split(50)])
+    expected = literal_rpn_losses(logits, deltas, labels, targets, images=2)
+    for ours, literal, to in zip(found, expected, (logits, deltas)):
+        torch.testing.assert_close(ours, literal)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, to)[0] for loss in (ours, literal)))
+    # of 600 negative anchors and 200 positive ones, 128 of each are drawn for a loss of ln 2
+    labels = [torch.cat([torch.zeros(600), torch.ones(200)])]
+    entropy, distance = model.rpn.compute_loss(torch.zeros(800, 1), torch.zeros(800, 4), labels,
+                                               [torch.full((800, 4), 0.01)])
+    assert entropy.item() == pytest.approx(math.log(2), rel=1e-5)
+    assert distance.item() == pytest.approx(128 * 4 * 0.01 / 256, rel=1e-5)
+
+
+def test_the_box_heads_losses_are_detectron2s():
+    """fast_rcnn.py, RoI by RoI: means over all RoIs, the distance of objects' own class alone."""
+    torch.manual_seed(0)
+    logits = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    deltas = torch.randn(30, 16, dtype=torch.float64, requires_grad=True)
+    labels, targets = torch.arange(30) % 4, torch.randn(30, 4, dtype=torch.float64)
+    cross_entropy = distance = 0
+    for i in range(30):
+        k = int(labels[i])
+        cross_entropy = cross_entropy - logits[i, k] + torch.log(torch.exp(logits[i]).sum())
+        if k > 0:
+            distance = distance + sum(abs(deltas[i, 4 * k + j] - targets[i, j]) for j in range(4))
+    found = box_head_losses(logits, deltas, labels, targets)
+    for ours, literal, to in zip(found, (cross_entropy / 30, distance / 30), (logits, deltas)):
+        torch.testing.assert_close(ours, literal)
+        torch.testing.assert_close(*(torch.autograd.grad(loss, to)[0] for loss in (ours, literal)))
+    nothing = box_head_losses(logits, deltas, 0 * labels, targets)[1]
+    assert nothing == 0 and not torch.autograd.grad(nothing, deltas)[0].any()
+
+
+def test_the_box_head_trains_on_what_torchvisions_does():
+    """The same RoIs, features and scores, so that only the distance of boxes is another one."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 6, **SMALL).train()
+    images = [training_item(LabelledScenes(2, seed=3)[i]) for i in range(2)]
+    pixels, targets = model.transform([image / 255 for image, _ in images], [t for _, t in images])
+    features = model.backbone(pixels.tensors)
+    proposals = [t["boxes"] + torch.tensor([1.0, -2, 1, 2]) for t in targets]
+    losses = []
+    for forward in (RoIHeads.forward, torchvision.models.detection.roi_heads.RoIHeads.forward):
+        torch.manual_seed(0)
+        losses.append(forward(model.roi_heads, features, proposals, pixels.image_sizes, targets)[1])
+    ours, theirs = losses
+    assert ours.keys() == theirs.keys() and ours["loss_classifier"] == theirs["loss_classifier"]
+    assert ours["loss_box_reg"] > theirs["loss_box_reg"] > 0
 
 
 def test_c4_from_image_to_classes():
-    """Res4 at stride 16, RoIs of 14 x 14 that Res5 halves, one more batch norm, then the mean."""
+    """Res4 at stride 16, also of an image whose sides are no multiples of it, RoIs of 14 x 14 that
+    Res5 halves, one more batch norm, then the mean."""
     torch.manual_seed(0)
-    model = build_detector("resnet50", 20, "c4", min_size=[96], max_size=128, rois=8).eval()
+    model = build_detector("resnet50", 20, "c4", min_size=[90], max_size=128, rois=8).eval()
     seen = {}
     for name in ("backbone", "rpn.head", "roi_heads.box_roi_pool", "roi_heads.box_head.layer4",
                  "roi_heads.box_head.norm", "roi_heads.box_head"):
         model.get_submodule(name).register_forward_hook(
             lambda _m, inputs, out, name=name: seen.update({name: (inputs, out)}))
     model.roi_heads.box_head.norm.running_mean += 3
-    model([torch.rand(3, 96, 128)])
+    model([torch.rand(3, 90, 125)])
     assert seen["backbone"][1].shape == (1, 1024, 6, 8)
     assert seen["rpn.head"][0][0][0].shape == (1, 1024, 6, 8)
     rois = len(seen["roi_heads.box_roi_pool"][1])
