@@ -1,4 +1,4 @@
-"""Fine-tune torchvision's Faster R-CNN from a pre-trained backbone, and measure its AP.
+"""Fine-tune Faster R-CNN from a pre-trained backbone, and measure its AP.
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,
@@ -21,6 +21,7 @@ Splits, for --train-split and --test-split; several are joined
     coco  train2017       DIR/annotations/instances_train2017.json, images in DIR/train2017
           my.json:photos  DIR/my.json, images in DIR/photos
 """
+import copy
 import json
 import math
 import os
@@ -32,7 +33,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops._utils import split_normalization_params
 
-from common import InputError, rank, world_size
+from common import InputError, all_reduce_sum, rank, world_size
 from detection.average_precision import coco_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.models import (detect, detector_from_args, load_fine_tuned, restore,
@@ -43,23 +44,26 @@ from plumbing.run import (Run, distribute, free_memory, gather_objects, launch,
                           mixed_precision)
 
 # What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, the drops,
-# VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.
+# VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.  Precise
+# batch norm statistics as in MoCo's (Base-RCNN-C4-BN.yaml) and, of the FPN, SoCo's configurations
+# (R_50_FPN_1x.yaml).
 RECIPES = {
     "voc": dict(detector="c4", train_split=TRAIN_SPLITS["voc"], test_split=TEST_SPLITS["voc"],
                 min_size=[*range(480, 801, 32)], iterations=24000,  # DUPR, 4.1.1
-                drops=[18000, 22000], warmup=100),
+                drops=[18000, 22000], warmup=100, precise_bn=200),
     # Differs: on COCO the papers train Mask R-CNN; this is its box half
     "coco": dict(detector="fpn", train_split=TRAIN_SPLITS["coco"], test_split=TEST_SPLITS["coco"],
                  min_size=[*range(640, 801, 32)],  # DUPR, 4.2.1
                  iterations=90000,  # DetCo, 4.2
-                 drops=[60000, 80000], warmup=1000),
+                 drops=[60000, 80000], warmup=1000, precise_bn=200),
     "scenes": dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[96],
                    max_size=96, fpn_channels=64, anchor_size=8, rois=64,
-                   iterations=400, drops=[300, 360], warmup=40),  # small enough for two CPU cores
+                   iterations=400, drops=[300, 360], warmup=40,  # small enough for two CPU cores
+                   precise_bn=0),
 }
 # What --small sets, on photos; the iterations by their number, in fit_iterations
 SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[128], max_size=192,
-             fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40)
+             fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40, precise_bn=0)
 
 
 def fit_iterations(args, images):
@@ -70,13 +74,42 @@ def fit_iterations(args, images):
                                         round(8 * images / args.batch_size)))
 
 
+def to_device(batch, device):
+    """A batch of training items -> what the detector takes: images in 0..1, and targets."""
+    images = [image.to(device, non_blocking=True).float() / 255 for image, _ in batch]
+    return images, [{k: v.to(device, non_blocking=True) for k, v in t.items()} for _, t in batch]
+
+
+@torch.no_grad()
+def precise_batch_norm(model, train_set, args, device, run):
+    """Replace batch norm's running statistics by precise ones, and save them: the means of those of
+    --precise-bn batches, of steps after the last, that the trained detector has (detectron2's
+    TEST.PRECISE_BN; update_bn_stats of fvcore).  The processes share the batches."""
+    precise = copy.deepcopy(model)  # a checkpoint written meanwhile holds the running statistics
+    norms = [m for m in precise.modules() if "BatchNorm" in type(m).__name__]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the mean of all batches
+    steps, mixed = range(run.steps, run.steps + args.precise_bn), mixed_precision(args, device)
+    run.say(f"batch norm statistics of {args.precise_bn} batches")
+    for step, batch in run.batches(train_set, training_item, steps, collate_fn=list):
+        with mixed:
+            precise(*to_device(batch, device))
+        run.stop_if_asked()
+        done = step - run.steps + 1
+        if done % max(1, args.precise_bn // 10) == 0:
+            run.say(f"batch norm statistics: {done}/{args.precise_bn} batches", rewrite=True)
+    for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
+        statistic.copy_(all_reduce_sum(statistic) / world_size())
+    model.load_state_dict(precise.state_dict())
+    run.save()
+
+
 def evaluate(model, dataset, args, device, run):
     """coco_ap of the whole data set, each process detecting in its share of the images; on VOC also
     voc07_ap, as VOC07."""
-    # Differs: where MoCo's configuration computes precise batch norm statistics before the test,
-    # the running ones are used.  On CPUs, where each process has its own, the first one's.
     if world_size() > 1:
-        for buffer in model.buffers():
+        for buffer in model.buffers():  # on CPUs each process has its own running statistics
             dist.broadcast(buffer, src=0)
     model.eval()
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
@@ -172,7 +205,8 @@ def data_sets(args):
         n = max(1, round(args.fraction * args.train_scenes))
         return LabelledScenes(n, seed=1), LabelledScenes(args.test_scenes, seed=2)
     train_set = None if args.eval_only else Annotated(
-        args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed)
+        args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed,
+        args.keep_empty)
     classes = args.classes or train_set.classes
     test_set = Annotated(args.dataset, args.data, args.test_split, classes)
     for data in (train_set, test_set):
@@ -233,8 +267,7 @@ def train(args, device):
 
     # Differs: a batch mixes wide and tall images; detectron2 batches them apart
     for step, batch in run.batches(train_set, training_item, collate_fn=list):
-        images = [image.to(device, non_blocking=True).float() / 255 for image, _ in batch]
-        targets = [{k: v.to(device, non_blocking=True) for k, v in t.items()} for _, t in batch]
+        images, targets = to_device(batch, device)
         lr = run.scale_learning_rates(step_schedule(step, args.warmup, args.drops, factor))
         with mixed:
             losses = ddp(images, targets)  # of the RPN and of the box head, which sample at random
@@ -243,6 +276,8 @@ def train(args, device):
         loss.backward()
         optimizer.step()
         run.end_step(loss, lr, **losses)
+    if args.precise_bn:
+        precise_batch_norm(model, train_set, args, device, run)
     measure(model, test_set, args, device, run)
 
 
@@ -256,6 +291,7 @@ def add_arguments(parser):
     add("--classes", nargs="+", help="default: VOC's 20; of your own data, those it is trained on")
     add("--fraction", type=real(1e-9, 1), default=1, help="share of the training images: drawn by "
         "--seed, with 12,000 iterations (DetCo, 6.1); of scenes the first ones")
+    add("--keep-empty", action="store_true", help="train on images without a box too")
     add("--train-scenes", type=whole(1), default=400, help="number of labelled built-in scenes")
     add("--test-scenes", type=whole(1), default=300, help="number of scenes to measure AP on")
     add = parser.add_argument_group("detector").add_argument
@@ -285,6 +321,8 @@ def add_arguments(parser):
     add("--lr", type=real(0), default=0.02, help="per 16 images of the batch; adam's: as it is")
     add("--warmup", type=whole(0), help="iterations of linear growth of the lr")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters but batch norm's")
+    add("--precise-bn", type=whole(0), metavar="N", help="measure batch norm's statistics on so "
+        "many batches before the test (default: 200 on voc and coco), or keep the running ones (0)")
     add_run_arguments(parser, out="runs/finetune")
     add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one, with the arguments "
         "that it holds where none are given; --out is eval/ beside it")

@@ -354,14 +354,16 @@ class Annotated(ImageFiles):
     """Splits of a folder in VOC's or COCO's layout, as read_splits takes them.
 
     fraction: the share of the images to draw by ``seed``; a smaller share is part of a larger one.
-    training: `difficult` objects count as any other, boxes end at their image's border, and the
-    next image takes the place of one that cannot be decoded; in a test that is an error.
+    training: `difficult` objects count as any other, boxes end at their image's border, images
+    without a box to train on are left out unless keep_empty, and the next image takes the place of
+    one that cannot be decoded; in a test that is an error.
     ``sizes``: width and height of each image.  Prints what there is, and what was left out.
     Raises InputError: as read_splits; a box that is not of its image as it is; no box to train on,
     or none to find in the test.
     """
 
-    def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0):
+    def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0,
+                 keep_empty=False):
         self.classes, files = read_splits(dataset, root, splits, classes)
         order = np.random.default_rng(seed).permutation(len(files))
         files = [files[i] for i in sorted(order[:round(fraction * len(files))])]
@@ -372,7 +374,6 @@ class Annotated(ImageFiles):
         self.training, self.sizes = training, []
         self.ignored = {"voc": "difficult", "coco": "crowds"}[dataset]
 
-        # Differs: detectron2 leaves out images without boxes; here they train too
         rows, self.ends, odd = [], [0], defaultdict(list)
         for file in files:
             size, orientation = self._size(file)
@@ -406,8 +407,24 @@ class Annotated(ImageFiles):
                              ignore))
             self.ends.append(len(rows))  # image i has the rows from ends[i] to ends[i + 1]
         self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
-        self.reported.add("turned")
         self._describe(" ".join(splits), odd)
+        if training and not keep_empty:
+            self._leave_out_empty(" ".join(splits))
+        self.reported.add("turned")
+
+    def _leave_out_empty(self, splits):
+        """Leave out the images without a box, or with crowds alone, as detectron2 does
+        (DATALOADER.FILTER_EMPTY_ANNOTATIONS), and print how many these are."""
+        parts = [self.rows[start:end] for start, end in zip(self.ends, self.ends[1:])]
+        kept = [i for i, part in enumerate(parts) if (part[:, 6] == 0).any()]
+        empty = len(parts) - len(kept)
+        if empty and rank() == 0:
+            print(f"{splits}: {empty} images without a box to train on left out; --keep-empty "
+                  "trains on them", flush=True)
+        super().__init__([self.paths[i] for i in kept])
+        self.sizes = [self.sizes[i] for i in kept]
+        self.rows = torch.cat([parts[i] for i in kept])
+        self.ends = [0, *np.cumsum([len(parts[i]) for i in kept]).tolist()]
 
     def _describe(self, splits, odd):
         """Print how many images and boxes there are, and what is odd about them.

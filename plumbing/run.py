@@ -341,7 +341,7 @@ class Run:
         self.stepped = time.monotonic()
         if self.step and (number or slow):
             self._log()
-            self._save(last=bool(number))
+            self.save(last=bool(number))
         if number:
             self.say(f"stopped by {signal.Signals(int(number)).name}; run the same command again "
                      f"to resume after step {self.step}")
@@ -367,7 +367,7 @@ class Run:
                 any(map(math.isfinite, self.measured.values())):
             self._log()
         if epoch_ends:
-            self._save(last=done)
+            self.save(last=done)
         if not done:
             self._say_progress()
             self.stop_if_asked()
@@ -439,7 +439,9 @@ class Run:
                  f"{math.ceil(self.steps / self.steps_per_epoch)}  step {self.step}/{self.steps}  "
                  f"{left:.1f} min left  {speed:.0f} images/s  {columns}", self.step < self.steps)
 
-    def _save(self, last=False):
+    def save(self, last=False):
+        """Write the checkpoint of this step; on the last one, and once a minute, curves.png too.
+        Raises InputError if the weights are not finite."""
         weights = [p for part in self.parts.values() if isinstance(part, nn.Module)
                    for p in part.parameters()]
         if not all(p.isfinite().all() for p in weights):

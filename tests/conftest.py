@@ -38,7 +38,8 @@ BARLOW = ("barlow_twins.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32
           "--log-every 2").split()
 VICREG = ["vicreg.py", *BARLOW[1:]]
 DETECTOR = ("finetune_fasterrcnn.py --train-scenes 12 --test-scenes 4 --iterations 9 "
-            "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 --log-every 2").split()
+            "--batch-size 4 --fpn-channels 16 --rois 8 --min-size 64 --log-every 2 "
+          "--precise-bn 2").split()
 
 
 # ------------------------------------------------------------------------------- images and folders

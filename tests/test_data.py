@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_photos
+from conftest import ROOT, assert_identical, make_photos
 from PIL import Image
 
 from common import InputError
@@ -134,7 +134,7 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
         Annotated(*args)[0]
     (tmp_path / "JPEGImages" / "0000.jpg").write_bytes(b"no image")
     assert "cannot decode" in error(*args) and "0000.jpg" in error(*args)  # before any training
-    data = Annotated(*args, training=True)
+    data = Annotated(*args, training=True, keep_empty=True)
     assert torch.equal(data[0][0], data[1][0]) and data[0][1]["boxes"].shape == (0, 4)  # the next
     assert data.broken.tolist() == [True, False]
     assert data.report(print, "another image takes its place") == 1  # fewer than three
@@ -186,7 +186,15 @@ def test_coco_items(tmp_path, capsys):
     data = Annotated("coco", str(folder), ["some.json:photos"], training=True)
     _, target = training_item(data[1])
     assert target["labels"].tolist() == [3] and target["boxes"].shape == (1, 4)  # no crowd
-    assert data[3][1]["boxes"].tolist() == [[30, 20, 80, 60]]
+    # without the empty image, as detectron2's FILTER_EMPTY_ANNOTATIONS; in the test it stays
+    assert len(data) == len(data.paths) == len(data.sizes) == 3
+    assert [Path(path).name for path in data.paths] == ["0000.jpg", "0001.jpg", "0003.jpg"]
+    assert data[2][1]["boxes"].tolist() == [[30, 20, 80, 60]]
+    kept = Annotated("coco", str(folder), ["some.json:photos"], training=True, keep_empty=True)
+    assert len(kept) == 4
+    for i, j in ((0, 0), (1, 1), (2, 3)):
+        assert torch.equal(data[i][0], kept[j][0])
+        assert_identical(data[i][1], kept[j][1])
     # COCO's own names; the file's classes, also where another split lists them under other ids
     (folder / "annotations").mkdir()
     for category, i in zip(content["categories"], (1, 2, 3)):
@@ -537,7 +545,8 @@ def test_what_a_set_holds_is_printed(tmp_path, capsys):
         f"{name}: 4 images, 1 of them without a box; 4 boxes: 1 crowds, 1 without area",
         f"{name}: boxes 1 red, 0 green, 1 blue",
         f"{name}: 1 boxes without area left out, such as in a.json, 0003.jpg",
-        f"{name}: warning: no box of green to train on"]
+        f"{name}: warning: no box of green to train on",
+        f"{name}: 2 images without a box to train on left out; --keep-empty trains on them"]
     Annotated(*args)
     assert "warning" not in capsys.readouterr().out
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from types import SimpleNamespace
@@ -10,9 +11,10 @@ from test_average_precision import NAMES
 from test_data import OBJECT, XML, make_coco, make_voc
 
 import finetune_fasterrcnn as ft
-from common import InputError
-from detection.data import Annotated, LabelledScenes
+from common import InputError, rank, world_size
+from detection.data import Annotated, LabelledScenes, training_item
 from detection.models import build_detector
+from plumbing.images import seed_for
 from plumbing.weights import save_checkpoint
 
 def test_step_schedule():
@@ -42,6 +44,7 @@ def test_the_papers_recipes(words, detector, iterations, drops, warmup, sizes):
     assert (args.min_size, args.max_size) == (sizes, 1333)
     assert (args.lr, args.batch_size, args.weight_decay) == (0.02, 16, 1e-4)
     assert (args.optimizer, args.arch, args.rois) == ("sgd", "resnet50", 512)
+    assert args.precise_bn == 200 and not args.keep_empty
 
 
 def test_the_reports_recipe():
@@ -123,14 +126,95 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
     assert 0.1 < ap["AP"] < 0.99 and 0.1 < ap["VOC07"]["AP"] < 0.99
 
 
+class Batches(Silent):
+    """In place of a Run: two batches of labelled scenes after the last step, shared by processes;
+    it is to stop after ``stop`` of them."""
+
+    def __init__(self, stop=9):
+        self.steps, self.left, self.saved = 5, stop, 0
+
+    def batches(self, data, draw, steps, collate_fn):
+        assert steps == range(5, 7) and collate_fn is list
+        share = 4 // world_size()
+        for step in steps:
+            first = 4 * (step - 5) + rank() * share
+            torch.manual_seed(seed_for(step, rank()))
+            yield step, [draw(data[i]) for i in range(first, first + share)]
+
+    def stop_if_asked(self):
+        self.left -= 1
+        if not self.left:
+            raise SystemExit
+
+    def save(self):
+        self.saved += 1
+
+
+def precise_everywhere(number, world, path):
+    """What precise_batch_norm makes of a detector; and, beside it, each batch norm layer's mean and
+    variance in each batch of this process."""
+    torch.set_num_threads(1)
+    if world > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{path}/store{world}", rank=number, world_size=world)
+    data, args = LabelledScenes(8, seed=3), SimpleNamespace(precise_bn=2, precision=None)
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 6, "fpn", 16, [64], 64, 8, 8, box_head="4conv1fc").train()
+    for buffer in model.buffers():
+        buffer += 1 + number  # as from training
+    before, run = copy.deepcopy(model), Batches()
+    ft.precise_batch_norm(model, data, args, torch.device("cpu"), run)
+    assert run.saved == 1 and model.training
+    seen = {}
+    for name, module in before.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.setdefault(
+                name, []).append((inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3)))))
+    for _, batch in Batches().batches(data, training_item, range(5, 7), list):
+        before([image / 255 for image, _ in batch], [target for _, target in batch])
+    torch.save((model.state_dict(), seen), path / f"{world}-{number}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+def test_precise_statistics_are_the_means_of_those_of_the_batches(tmp_path):
+    """By fvcore's update_bn_stats, written out: the mean over batches of each batch's mean and
+    unbiased variance, with fixed weights; over processes too."""
+    precise_everywhere(0, 1, tmp_path)
+    start_processes(precise_everywhere, (2, tmp_path), 2)
+    for world in (1, 2):
+        states, seen = zip(*(torch.load(tmp_path / f"{world}-{n}.pt") for n in range(world)))
+        assert len(seen[0]) == 20 + 8 + 4  # of ResNet-18, the FPN, the box head
+        for name in seen[0]:
+            batches = [statistics for share in seen for statistics in share[name]]
+            assert len(batches) == 2 * world
+            for k, values in zip(("running_mean", "running_var"), zip(*batches)):
+                torch.testing.assert_close(states[0][f"{name}.{k}"], sum(values) / len(values))
+                assert all(torch.equal(states[0][f"{name}.{k}"], s[f"{name}.{k}"]) for s in states)
+    one, two = (torch.load(tmp_path / f"{n}-0.pt")[0] for n in (1, 2))
+    assert all(torch.equal(one[k], two[k]) for k in one if "running" not in k)
+
+
+def test_a_stop_amid_the_precise_statistics_leaves_the_detector(tmp_path):
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 6, "fpn", 16, [64], 64, 8, 8).train()
+    before, run = copy.deepcopy(model.state_dict()), Batches(stop=2)
+    with pytest.raises(SystemExit):
+        ft.precise_batch_norm(model, LabelledScenes(8, seed=3),
+                              SimpleNamespace(precise_bn=2, precision=None), torch.device("cpu"),
+                              run)
+    assert not run.saved
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
 TINY = ("--arch resnet18 --batch-size 4 --fpn-channels 16 --rois 8 --min-size 48 64 --max-size 80 "
-        "--anchor-size 8 --iterations 4 --log-every 2 --workers 0").split()
+        "--anchor-size 8 --iterations 4 --log-every 2 --workers 0 --precise-bn 2").split()
 
 
 def test_the_small_recipe(tmp_path):
     by_hand = ("--dataset voc --data D --detector fpn --arch resnet18 --fpn-channels 64 --min-size "
                "128 --max-size 192 --anchor-size 16 --rois 64 --batch-size 8 --lr 0.04 --warmup 40 "
-               "--iterations 1000")
+               "--iterations 1000 --precise-bn 0")
     args = ft.parse_args("--dataset voc --data D --small --classes cat dog".split())
     ft.fit_iterations(args, 1000)
     by_hand = ft.parse_args([*by_hand.split(), "--classes", "cat", "dog"])
@@ -168,6 +252,8 @@ def test_voc_from_end_to_end(tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoint.pt"
     others, norms = torch.load(checkpoint, weights_only=False)["optimizer"]["param_groups"]
     assert others["lr"] == norms["lr"] == pytest.approx(0.02 * 4 / 16 * 0.1)
+    state = torch.load(checkpoint, weights_only=False)["model"]
+    assert state["backbone.bn1.num_batches_tracked"] == 2  # --eval-only needs the precise ones
     assert others["momentum"] == norms["momentum"] == 0.9
     assert (others["weight_decay"], norms["weight_decay"]) == (1e-4, 0)
     assert len(norms["params"]) == 2 * 21
@@ -192,7 +278,7 @@ def test_coco_from_end_to_end(tmp_path, capsys):
     model = build_detector("resnet18", 1, fpn_channels=16, box_head="4conv1fc")  # SoCo's
     save_checkpoint(tmp_path / "detector.pt", model.state_dict())
     words = ["--dataset", "coco", "--data", str(folder), *TINY, "--train-split", "some.json:photos",
-             "--test-split", "some.json:photos", "--optimizer", "adam",
+             "--test-split", "some.json:photos", "--optimizer", "adam", "--keep-empty",
              "--weights", str(tmp_path / "detector.pt"), "--out", str(tmp_path / "run")]
     ft.main(words)
     out = capsys.readouterr().out
@@ -233,6 +319,7 @@ def make_run(tmp_path, *more):
 
 def test_images_too_thin_for_the_detector_are_named(tmp_path):
     folder, words = make_run(tmp_path)
+    words.append("--keep-empty")
     for name in ("0001", "0005"):  # of training, of the test
         for size, thin in (((1000, 5), True), ((1, 100), True), ((161, 2), True),
                            ((150, 2), False)):
