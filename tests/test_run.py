@@ -818,9 +818,11 @@ def test_stopped_under_torchrun_and_started_again(tmp_path):
 def test_one_step_of_a_detector_in_bfloat16_is_near_one_in_float32(tmp_path):
     losses, gradients = {}, {}
     for kind in ("bfloat16", "float32"):
-        finetune_fasterrcnn.main([*DETECTOR[1:], "--iterations", "1", "--workers", "0",
-                                  "--precision", kind, "--out", str(tmp_path / kind)])
-        losses[kind], = map(float, column(tmp_path / kind, "loss"))
+        finetune_fasterrcnn.main([*DETECTOR[1:], "--iterations", "1", "--workers", "0", "--rois",
+                                  "64", "--precision", kind, "--out", str(tmp_path / kind)])
+        # not the box head's distance: which RoIs are objects depends on the order of their scores
+        losses[kind] = [float(column(tmp_path / kind, name)[0]) for name in (
+            "loss_classifier", "loss_objectness", "loss_rpn_box_reg")]
         state = saved(tmp_path, kind)
         momenta = [v["momentum_buffer"] for v in state["optimizer"]["state"].values()]
         gradients[kind] = torch.cat([v.flatten() for v in momenta])
@@ -829,7 +831,7 @@ def test_one_step_of_a_detector_in_bfloat16_is_near_one_in_float32(tmp_path):
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     cosine = torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0)
-    assert cosine > 0.75
+    assert cosine > 0.9
 
 
 @pytest.mark.parametrize("words", [MOCO, DETCO, DUPR], ids=lambda words: words[0])
