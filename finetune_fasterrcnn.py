@@ -61,6 +61,7 @@ RECIPES = {
                    iterations=400, drops=[300, 360], warmup=40,  # small enough for two CPU cores
                    precise_bn=0),
 }
+MEASURED = "AP", "AP50", "AP75"  # by --eval-every
 # What --small sets, on photos; the iterations by their number, in fit_iterations
 SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[128], max_size=192,
              fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40, precise_bn=0)
@@ -81,11 +82,11 @@ def to_device(batch, device):
 
 
 @torch.no_grad()
-def precise_batch_norm(model, train_set, args, device, run):
-    """Replace batch norm's running statistics by precise ones, and save them: the means of those of
-    --precise-bn batches, of steps after the last, that the trained detector has (detectron2's
-    TEST.PRECISE_BN; update_bn_stats of fvcore).  The processes share the batches."""
-    precise = copy.deepcopy(model)  # a checkpoint written meanwhile holds the running statistics
+def precise_batch_norm(model, train_set, args, device, run, stop):
+    """A copy of the detector with precise batch norm statistics: the means of those of --precise-bn
+    batches, of steps after the last (detectron2's TEST.PRECISE_BN; update_bn_stats of fvcore).  The
+    processes share the batches.  stop: called after each."""
+    precise = copy.deepcopy(model).train()
     norms = [m for m in precise.modules() if "BatchNorm" in type(m).__name__]
     for norm in norms:
         norm.reset_running_stats()
@@ -95,19 +96,31 @@ def precise_batch_norm(model, train_set, args, device, run):
     for step, batch in run.batches(train_set, training_item, steps, collate_fn=list):
         with mixed:
             precise(*to_device(batch, device))
-        run.stop_if_asked()
+        stop()
         done = step - run.steps + 1
         if done % max(1, args.precise_bn // 10) == 0:
             run.say(f"batch norm statistics: {done}/{args.precise_bn} batches", rewrite=True)
     for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
         statistic.copy_(all_reduce_sum(statistic) / world_size())
-    model.load_state_dict(precise.state_dict())
-    run.save()
+    return precise
 
 
-def evaluate(model, dataset, args, device, run):
+def ap_so_far(model, train_set, test_set, args, device, run):
+    """AP, AP50 and AP75 in %, after a step and before it counts; nothing is saved meanwhile, so
+    that a run that is stopped here resumes before the step, and measures again."""
+    def go_on():
+        pass
+
+    tested = precise_batch_norm(model, train_set, args, device, run, go_on) if args.precise_bn \
+        else model
+    ap = evaluate(tested, test_set, args, device, run, go_on)
+    model.train()
+    return {name: 100 * ap[name] for name in MEASURED}
+
+
+def evaluate(model, dataset, args, device, run, stop):
     """coco_ap of the whole data set, each process detecting in its share of the images; on VOC also
-    voc07_ap, as VOC07."""
+    voc07_ap, as VOC07.  stop: called before each batch."""
     if world_size() > 1:
         for buffer in model.buffers():  # on CPUs each process has its own running statistics
             dist.broadcast(buffer, src=0)
@@ -118,7 +131,7 @@ def evaluate(model, dataset, args, device, run):
                         worker_init_fn=leave_signals_to_trainer, pin_memory=device.type == "cuda")
     mine, began = [], time.monotonic()
     for done, (indices, items) in enumerate(zip(batches, loader), 1):
-        run.stop_if_asked()
+        stop()
         found = detect(model, [image for image, _ in items], device)
         mine += zip(indices, [truth for _, truth in items], found)
         if done * 10 // len(batches) > (done - 1) * 10 // len(batches):  # at most ten lines
@@ -132,7 +145,7 @@ def evaluate(model, dataset, args, device, run):
 
 def measure(model, dataset, args, device, run):
     """Evaluate, print the AP, and write it and a picture into the folder of the run."""
-    ap = evaluate(model, dataset, args, device, run)
+    ap = evaluate(model, dataset, args, device, run, run.stop_if_asked)
     ap["per_class"] = {dataset.classes[label]: v for label, v in ap["per_class"].items()}
     if rank() == 0:
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
@@ -250,6 +263,7 @@ def train(args, device):
     optimizer = make_optimizer(model, args)
     run = Run(args, "finetune_fasterrcnn", train_set, steps=args.iterations, model=model,
               optimizer=optimizer)
+    run.measured = dict.fromkeys(MEASURED if args.eval_every else (), math.nan)
     if isinstance(test_set, Annotated):
         test_set.decode(args.workers, run.say)
     model.train()
@@ -275,9 +289,13 @@ def train(args, device):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            run.measured = ap_so_far(model, train_set, test_set, args, device, run)
         run.end_step(loss, lr, **losses)
     if args.precise_bn:
-        precise_batch_norm(model, train_set, args, device, run)
+        precise = precise_batch_norm(model, train_set, args, device, run, run.stop_if_asked)
+        model.load_state_dict(precise.state_dict())
+        run.save()
     measure(model, test_set, args, device, run)
 
 
@@ -321,6 +339,8 @@ def add_arguments(parser):
     add("--lr", type=real(0), default=0.02, help="per 16 images of the batch; adam's: as it is")
     add("--warmup", type=whole(0), help="iterations of linear growth of the lr")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters but batch norm's")
+    add("--eval-every", type=whole(1), metavar="N", help="measure AP after every N iterations too, "
+        "for log.csv and curves.png")
     add("--precise-bn", type=whole(0), metavar="N", help="measure batch norm's statistics on so "
         "many batches before the test (default: 200 on voc and coco), or keep the running ones (0)")
     add_run_arguments(parser, out="runs/finetune")

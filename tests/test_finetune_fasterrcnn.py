@@ -1,5 +1,6 @@
 import copy
 import json
+import math
 import re
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import finetune_fasterrcnn as ft
 from common import InputError, rank, world_size
 from detection.data import Annotated, LabelledScenes, training_item
 from detection.models import build_detector
+from plumbing.figures import read_log
 from plumbing.images import seed_for
 from plumbing.weights import save_checkpoint
 
@@ -94,9 +96,6 @@ class Oracle(torch.nn.Module):
 
 
 class Silent:
-    def stop_if_asked(self):
-        pass
-
     def say(self, text, rewrite=False):
         pass
 
@@ -110,7 +109,7 @@ def evaluate_everywhere(number, world, path):
     args = SimpleNamespace(batch_size=6, workers=0, dataset="voc")
     torch.manual_seed(number)  # statistics that differ between processes, as on CPUs
     oracle = Oracle(data)
-    ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent())
+    ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent(), lambda: None)
     (path / f"{world}-{number}.json").write_text(json.dumps(ap))
     if world > 1:
         torch.distributed.destroy_process_group()
@@ -163,8 +162,8 @@ def precise_everywhere(number, world, path):
     for buffer in model.buffers():
         buffer += 1 + number  # as from training
     before, run = copy.deepcopy(model), Batches()
-    ft.precise_batch_norm(model, data, args, torch.device("cpu"), run)
-    assert run.saved == 1 and model.training
+    model = ft.precise_batch_norm(model, data, args, torch.device("cpu"), run, run.stop_if_asked)
+    assert not run.saved and model.training
     seen = {}
     for name, module in before.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
@@ -202,7 +201,7 @@ def test_a_stop_amid_the_precise_statistics_leaves_the_detector(tmp_path):
     with pytest.raises(SystemExit):
         ft.precise_batch_norm(model, LabelledScenes(8, seed=3),
                               SimpleNamespace(precise_bn=2, precision=None), torch.device("cpu"),
-                              run)
+                              run, run.stop_if_asked)
     assert not run.saved
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
@@ -271,6 +270,34 @@ def test_voc_from_end_to_end(tmp_path, capsys):
         with pytest.raises(SystemExit, match=message):
             ft.main(["--eval-only", str(checkpoint), *words])
     assert checkpoint.exists()
+
+
+def test_ap_is_measured_on_the_way_and_leaves_the_training_as_it_is(tmp_path, monkeypatch, capsys):
+    """Also after a second Ctrl-C amid the measuring: the run resumes before that step."""
+    words = ("--train-scenes 8 --test-scenes 4 --batch-size 4 --fpn-channels 16 --rois 8 "
+             "--iterations 6 --log-every 4 --workers 0 --precise-bn 2 --out").split()
+    ft.main([*words, str(tmp_path / "without")])
+    ft.main([*words, str(tmp_path / "whole"), "--eval-every", "3"])
+    rows = read_log(tmp_path / "whole" / "log.csv")
+    assert [row["step"] for row in rows] == [2, 3, 4, 6]  # epochs' ends, --log-every, --eval-every
+    assert [math.isnan(row["AP"]) for row in rows] == [True, False, True, False]
+    ap = json.loads((tmp_path / "whole" / "ap.json").read_text())
+    assert ap == json.loads((tmp_path / "without" / "ap.json").read_text())
+    for name in ("AP", "AP50", "AP75"):
+        assert rows[-1][name] == pytest.approx(100 * ap[name])
+    assert "  AP nan" not in capsys.readouterr().out
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="130"):
+        patch.setattr(ft, "coco_ap", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        ft.main([*words, str(tmp_path / "cut"), "--eval-every", "3"])
+    assert torch.load(tmp_path / "cut" / "checkpoint.pt", weights_only=False)["step"] == 2
+    ft.main([*words, str(tmp_path / "cut"), "--eval-every", "3"])
+    states = [torch.load(tmp_path / name / "checkpoint.pt", weights_only=False)["model"]
+              for name in ("without", "whole", "cut")]
+    for other in states[1:]:
+        assert all(torch.equal(value, other[name]) for name, value in states[0].items())
+    for name in ("step", "loss", "AP", "AP50"):
+        assert column(tmp_path / "cut", name) == column(tmp_path / "whole", name)
 
 
 def test_coco_from_end_to_end(tmp_path, capsys):
