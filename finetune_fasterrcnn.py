@@ -2,7 +2,8 @@
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,
-arXiv 1612.03144), is fine-tuned with a fixed recipe, and all its layers train.
+arXiv 1612.03144), or RetinaNet (Lin et al., ICCV 2017, arXiv 1708.02002) is fine-tuned with a fixed
+recipe, and all its layers train.
 
 Read first: one of the methods, for where --weights comes from.  Then detection/models.py, the
 detectors; detection/average_precision.py, the measure; detection/data.py, the data.  "The report"
@@ -13,6 +14,7 @@ Commands
     python finetune_fasterrcnn.py --weights none --out runs/random        what to compare it with
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE
+    with --detector retinanet, DetCo's Table 5; with --fraction 0.01 too, its Table 12
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
 Splits, for --train-split and --test-split; several are joined
@@ -255,7 +257,7 @@ def train(args, device):
     model = detector_from_args(args)
     needed = bytes_of_a_step(model, args, device)
     model, ddp = distribute(model, device, sync_batch_norm=True)
-    if isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
+    if args.detector == "fpn" and isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     per_epoch = steps_per_epoch(train_set, args.batch_size)
     fit_iterations(args, len(train_set))
@@ -284,7 +286,7 @@ def train(args, device):
         images, targets = to_device(batch, device)
         lr = run.scale_learning_rates(step_schedule(step, args.warmup, args.drops, factor))
         with mixed:
-            losses = ddp(images, targets)  # of the RPN and of the box head, which sample at random
+            losses = ddp(images, targets)  # RPN and box head sample at random; RetinaNet does not
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
@@ -313,10 +315,11 @@ def add_arguments(parser):
     add("--train-scenes", type=whole(1), default=400, help="number of labelled built-in scenes")
     add("--test-scenes", type=whole(1), default=300, help="number of scenes to measure AP on")
     add = parser.add_argument_group("detector").add_argument
-    add("--detector", choices=["c4", "fpn"], help="default: c4 on voc, else fpn")
+    add("--detector", choices=["c4", "fpn", "retinanet"], help="default: c4 on voc, else fpn; "
+        "retinanet: in one stage, with half of its lr")
     add("--weights", default="none", help="file that holds the backbone, or none (default)")
     add("--backbone-only", action="store_true", help="no FPN and box head, if --weights holds them")
-    add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin for the FPN")
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin but for c4")
     add("--min-size", type=whole(32), nargs="+", help="short side in pixels, drawn from these; the "
         "last one for testing")
     add("--max-size", type=whole(32), default=1333, help="long side at most")
@@ -325,7 +328,7 @@ def add_arguments(parser):
     add("--anchor-size", type=whole(1), default=32, help="side of the smallest anchors; four more "
         "sizes double it")
     add("--rois", type=whole(1), default=512, help="RoIs of an image that the box head trains on; "
-        "it tests on twice as many, at most 1000")
+        "it tests on twice as many, at most 1000; retinanet has none")
     add("--box-head", choices=["4conv1fc"], help="SoCo's, of the FPN (default: as in --weights, "
         "or else two linear layers)")
     add = parser.add_argument_group("recipe").add_argument
@@ -359,6 +362,10 @@ def parse_args(argv=None):
         "report" if known.optimizer == "adam" and not small else "1x")
     if (known.dataset, known.detector) == ("scenes", "c4"):  # Res5 runs on every RoI
         recipe.update(rois=16, min_size=[192], max_size=192)
+    if known.detector == "retinanet":
+        recipe.setdefault("lr", 0.01)  # detectron2's Base-RetinaNet.yaml; not the small recipes'
+        if known.dataset == "scenes":
+            recipe.update(anchor_size=16)  # its finest level has twice the stride of the FPN's
     if known.optimizer == "adam":
         # Paper silent: the report gives Adam's rates and epochs alone; so there is no weight decay,
         # no warm-up, and no scaling of the rate with the batch
@@ -376,8 +383,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if small and args.schedule != "1x":
         parser.error("--small sets the number of --iterations, so that no --schedule applies")
-    if args.detector == "c4" and args.box_head:
-        parser.error("--box-head is of the fpn detector; c4's is Res5")
+    if args.detector != "fpn" and args.box_head:
+        parser.error("--box-head is of the fpn detector; c4's is Res5, retinanet has none")
     if args.dataset != "scenes" and args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, a folder")
     if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):

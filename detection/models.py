@@ -1,9 +1,11 @@
-"""Faster R-CNN (Ren et al., arXiv 1506.01497) as MoCo, DetCo and DUPR fine-tune it in detectron2.
+"""Faster R-CNN (Ren et al., arXiv 1506.01497) and RetinaNet as MoCo, DetCo and DUPR fine-tune them in
+detectron2.
 
 `c4`: the RPN on Res4, Res5 as the box head with one more batch norm after it (MoCo, appendix).
-`fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.  All layers train,
-and batch norm trains with them: self-supervised features are of another scale than supervised ones,
-and frozen statistics would not fit them.
+`fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.
+`retinanet`: in one stage, on a pyramid from P3 to P7 (Lin et al., arXiv 1708.02002).
+All layers train, and batch norm trains with them: self-supervised features are of another scale
+than supervised ones, and frozen statistics would not fit them.
 
 The parts are torchvision's.  Where detectron2 (config/defaults.py, configs/Base-RCNN-C4.yaml and
 Base-RCNN-FPN.yaml) computes otherwise, so does this file: RoI Align, anchors, losses, the padding
@@ -26,6 +28,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import InputError, PyramidRoIAlign, ResNetStages, backbone_stages, rank
+from detection.retinanet import PyramidFromP3, RetinaNet, pyramid_parts
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.weights import AVERAGED, load_backbone, load_checkpoint
 
@@ -144,10 +147,11 @@ def _fpn_parts(stages, channels, sizes, box_head):
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False):
-    """Faster R-CNN, "fpn" or "c4", with batch norm, all trainable.
+    """Faster R-CNN, "fpn" or "c4", or "retinanet", with batch norm, all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
-    backbone_only, an FPN and a box head that it holds under this detector's names are loaded too.
+    backbone_only, an FPN and a box head that it holds under this detector's names are loaded too,
+    into retinanet the FPN alone.
     box_head, of the FPN: "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or
     None: as in weights, or else two linear layers.  mean, std: of red, green and blue in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
@@ -159,6 +163,15 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
     rest = load_backbone(stages, weights) if weights != "none" else {}
     rest = {} if backbone_only else rest
+    if detector == "retinanet":
+        model = RetinaNet(PyramidFromP3(stages, fpn_channels), num_classes, anchor_size,
+                          min_size=tuple(min_size), max_size=max_size, image_mean=list(mean),
+                          image_std=list(std))
+        for name, part in pyramid_parts(model.backbone.fpn, rest).items():
+            load_part(part, name, rest, weights)
+        for head in (model.head.classification_head, model.head.regression_head):
+            head.register_forward_hook(as_float32)
+        return model
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
         backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
@@ -276,6 +289,9 @@ def training_bytes(model, images, height, width, rois):
                 lambda _module, _inputs, output: total.append(4 * output.numel()))
     maps = model.backbone(torch.empty(images, 3, height, width, device="meta"))
     maps = [*maps.values()] if isinstance(maps, dict) else [maps]
+    if isinstance(model, RetinaNet):
+        logits = model.head(maps)["cls_logits"]  # the focal loss keeps eight tensors of this size
+        return sum(total) + 28 * logits.numel() + 12 * sum(p.numel() for p in model.parameters())
     model.rpn.head(maps)
     size = model.roi_heads.box_roi_pool.size
     model.roi_heads.box_head(torch.empty(images * rois, maps[0].shape[1], size, size,
