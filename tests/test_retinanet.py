@@ -89,6 +89,14 @@ def test_the_parameters_are_detectron2s():
             assert torch.allclose(p, torch.full_like(p, wanted))
 
 
+def test_a_narrow_head_lets_as_much_through():
+    """Of 64 channels: the square root of channels times deviation is that of 256 and 0.01."""
+    head = small(fpn_channels=64).head
+    for name, p in head.named_parameters():
+        if name.endswith("weight"):
+            assert p.std().item() == pytest.approx(0.02, rel=0.02), name
+
+
 def test_the_pyramid_has_p6_from_res5_and_p7_from_p6():
     model = small(fpn_channels=512).eval()  # as wide as Res5, where torchvision would take P5
     images = torch.rand(1, 3, 128, 192)
@@ -206,7 +214,7 @@ def test_losses_and_gradients_are_those_of_loops():
 
 
 def test_the_normaliser_over_three_steps_by_hand():
-    """Of 2 images: 3 and 1 positive anchors; none, which counts as one; 8 and 12."""
+    """Of 2 images: 3 and 3 positive anchors; none, which counts as one; 17 and 3."""
     model, anchors = small(), torch.tensor([square(100), square(90), square(80), square(9, 9, 200)])
     anchors = torch.cat([anchors, anchors[3:].expand(16, 4)])
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long())
