@@ -1,5 +1,6 @@
-"""Faster R-CNN (Ren et al., arXiv 1506.01497) and RetinaNet as MoCo, DetCo and DUPR fine-tune them in
-detectron2.
+"""The detectors that MoCo, DetCo and DUPR fine-tune, as detectron2 computes them.
+
+Faster R-CNN (Ren et al., arXiv 1506.01497), in two kinds, and RetinaNet.
 
 `c4`: the RPN on Res4, Res5 as the box head with one more batch norm after it (MoCo, appendix).
 `fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.
