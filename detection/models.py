@@ -61,7 +61,13 @@ class Anchors(AnchorGenerator):
 
 
 class RPN(rpn.RegionProposalNetwork):
-    """torchvision's RPN with detectron2's loss (modeling/proposal_generator/rpn.py)."""
+    """torchvision's RPN with detectron2's order and loss (modeling/proposal_generator/rpn.py)."""
+
+    def filter_proposals(self, proposals, objectness, image_shapes, num_anchors_per_level):
+        """torchvision's, which sorts by the sigmoid: in float32 that is 1 for all logits above 17.
+        detectron2 sorts by the logits, and the sigmoid of a sixteenth keeps their order."""
+        return super().filter_proposals(proposals, objectness / 16, image_shapes,
+                                        num_anchors_per_level)
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
         """Cross entropy of the sampled anchors, L1 distance of the positive ones' deltas: sums over

@@ -203,6 +203,15 @@ def test_anchors_by_hand():
         torch.testing.assert_close(level.view(h, w, 3, 4)[-1, -1], expected + last)
 
 
+def test_proposals_are_sorted_by_their_logits():
+    """Of three boxes on one another the best stays, also where float32's sigmoid is 1 for all."""
+    rpn = build_detector("resnet18", 2, **SMALL).eval().rpn
+    boxes = torch.tensor([[[0.0, 0, 20, 20], [0, 0, 20, 21], [0, 0, 20, 22], [40, 40, 60, 60]]])
+    for logits in ([20.0, 30, 25, 19], [-30.0, -20, -25, -31], [200.0, 200.1, 199, 0]):
+        found, _ = rpn.filter_proposals(boxes, torch.tensor([logits]), [(64, 64)], [4])
+        assert torch.equal(found[0], boxes[0, [1, 3]])
+
+
 def literal_rpn_losses(logits, deltas, labels, targets, images):
     """detectron2's rpn.py, anchor by anchor: sums over 256 anchors of each image."""
     cross_entropy = distance = 0
