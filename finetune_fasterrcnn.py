@@ -1,9 +1,10 @@
-"""Fine-tune Faster R-CNN from a pre-trained backbone, and measure its AP.
+"""Fine-tune Faster R-CNN or Mask R-CNN from a pre-trained backbone, and measure its AP.
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,
 arXiv 1612.03144), or RetinaNet (Lin et al., ICCV 2017, arXiv 1708.02002) is fine-tuned with a fixed
-recipe, and all its layers train.
+recipe, and all its layers train.  On COCO it is Mask R-CNN (He et al., ICCV 2017, arXiv
+1703.06870), --masks.
 
 Read first: one of the methods, for where --weights comes from.  Then detection/models.py, the
 detectors; detection/average_precision.py, the measure; detection/data.py, the data.  "The report"
@@ -13,8 +14,9 @@ Commands
     python finetune_fasterrcnn.py --weights runs/moco_v2/backbone.pt      built-in scenes
     python finetune_fasterrcnn.py --weights none --out runs/random        what to compare it with
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
-    torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE
-    with --detector retinanet, DetCo's Table 5; with --fraction 0.01 too, its Table 12
+    torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE \
+        --masks
+    with --detector retinanet in its place, DetCo's Table 5; with --fraction 0.01 too, its Table 12
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
 Splits, for --train-split and --test-split; several are joined
@@ -36,8 +38,9 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops._utils import split_normalization_params
 
 from common import InputError, all_reduce_sum, rank, world_size
-from detection.average_precision import coco_ap, voc07_ap
+from detection.average_precision import coco_ap, mask_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
+from detection.masks import Unpacked, to_runs
 from detection.models import (detect, detector_from_args, load_fine_tuned, restore,
                               training_bytes)
 from plumbing.flags import Parser, add_normalisation_arguments, add_run_arguments, real, whole
@@ -53,7 +56,7 @@ RECIPES = {
     "voc": dict(detector="c4", train_split=TRAIN_SPLITS["voc"], test_split=TEST_SPLITS["voc"],
                 min_size=[*range(480, 801, 32)], iterations=24000,  # DUPR, 4.1.1
                 drops=[18000, 22000], warmup=100, precise_bn=200),
-    # Differs: on COCO the papers train Mask R-CNN; this is its box half
+    # The papers' is with --masks; without them this is its box half
     "coco": dict(detector="fpn", train_split=TRAIN_SPLITS["coco"], test_split=TEST_SPLITS["coco"],
                  min_size=[*range(640, 801, 32)],  # DUPR, 4.2.1
                  iterations=90000,  # DetCo, 4.2
@@ -122,7 +125,7 @@ def ap_so_far(model, train_set, test_set, args, device, run):
 
 def evaluate(model, dataset, args, device, run, stop):
     """coco_ap of the whole data set, each process detecting in its share of the images; on VOC also
-    voc07_ap, as VOC07.  stop: called before each batch."""
+    voc07_ap, as VOC07; with --masks also mask_ap, as masks.  stop: called before each batch."""
     if world_size() > 1:
         for buffer in model.buffers():  # on CPUs each process has its own running statistics
             dist.broadcast(buffer, src=0)
@@ -135,29 +138,47 @@ def evaluate(model, dataset, args, device, run, stop):
     for done, (indices, items) in enumerate(zip(batches, loader), 1):
         stop()
         found = detect(model, [image for image, _ in items], device)
-        mine += zip(indices, [truth for _, truth in items], found)
+        mine += zip(indices, [pack(truth) for _, truth in items], found)
         if done * 10 // len(batches) > (done - 1) * 10 // len(batches):  # at most ten lines
             left = (len(batches) - done) * (time.monotonic() - began) / done / 60
             run.say(f"evaluating: {done}/{len(batches)} batches  {left:.1f} min left", rewrite=True)
     rows = [row for share in gather_objects(mine) for row in share]
     _, truths, detections = zip(*sorted(rows, key=lambda row: row[0]))
     ap = coco_ap(truths, detections)
-    return {**ap, "VOC07": voc07_ap(truths, detections)} if args.dataset == "voc" else ap
+    if args.dataset == "voc":
+        ap["VOC07"] = voc07_ap(truths, detections)
+    if args.masks:
+        ap["masks"] = mask_ap(Unpacked(truths), Unpacked(detections))
+    return ap
+
+
+def pack(truth):
+    """An image's annotations with runs in the place of masks, as detect returns them."""
+    if "masks" not in truth:
+        return truth
+    masks = truth["masks"]  # (n, H, W)
+    kept = {name: value for name, value in truth.items() if name != "masks"}
+    return dict(kept, size=tuple(masks.shape[1:]), runs=[to_runs(mask) for mask in masks])
 
 
 def measure(model, dataset, args, device, run):
     """Evaluate, print the AP, and write it and a picture into the folder of the run."""
     ap = evaluate(model, dataset, args, device, run, run.stop_if_asked)
-    ap["per_class"] = {dataset.classes[label]: v for label, v in ap["per_class"].items()}
+    kinds = {"boxes": ap, **{name: ap[name] for name in ("masks",) if name in ap}}
+    for values in kinds.values():
+        values["per_class"] = {dataset.classes[k]: v for k, v in values["per_class"].items()}
     if rank() == 0:
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
         from plumbing.figures import draw_detections
         items = [dataset[i] for i in range(min(4, len(dataset)))]
-        found = detect(model, [image for image, _ in items], device)
+        found = Unpacked(detect(model, [image for image, _ in items], device))
         figure = draw_detections(items, {"found": found}, dataset.classes)
         figure.savefig(run.out / "detections.png")
-    tables = {"by COCO's rules": {k: v for k, v in ap.items() if k.startswith("AP")},
-              "by VOC07's 11-point rule": ap.get("VOC07", {}), "AP by class": ap["per_class"]}
+    tables = {}
+    for kind, values in kinds.items():
+        tables[f"{kind} by COCO's rules"] = {k: v for k, v in values.items() if k.startswith("AP")}
+        tables[f"{kind} by VOC07's 11-point rule"] = values.get("VOC07", {})
+        tables[f"{kind}, AP by class"] = values["per_class"]
     for name, values in tables.items():
         columns = [f"{k} {100 * v:.2f}" if v >= 0 else f"{k} n/a" for k, v in values.items()]
         if columns:
@@ -218,12 +239,13 @@ def data_sets(args):
     """The training and the test set that the arguments name; no training set for --eval-only."""
     if args.dataset == "scenes":
         n = max(1, round(args.fraction * args.train_scenes))
-        return LabelledScenes(n, seed=1), LabelledScenes(args.test_scenes, seed=2)
+        return (LabelledScenes(n, seed=1, masks=args.masks),
+                LabelledScenes(args.test_scenes, seed=2, masks=args.masks))
     train_set = None if args.eval_only else Annotated(
         args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed,
-        args.keep_empty)
+        args.keep_empty, args.masks)
     classes = args.classes or train_set.classes
-    test_set = Annotated(args.dataset, args.data, args.test_split, classes)
+    test_set = Annotated(args.dataset, args.data, args.test_split, classes, masks=args.masks)
     for data in (train_set, test_set):
         for path, size in zip(data.paths, data.sizes) if data else ():
             if args.max_size * min(size) < 1.001 * max(size):
@@ -317,6 +339,7 @@ def add_arguments(parser):
     add = parser.add_argument_group("detector").add_argument
     add("--detector", choices=["c4", "fpn", "retinanet"], help="default: c4 on voc, else fpn; "
         "retinanet: in one stage, with half of its lr")
+    add("--masks", action="store_true", help="Mask R-CNN: each object's mask too")
     add("--weights", default="none", help="file that holds the backbone, or none (default)")
     add("--backbone-only", action="store_true", help="no FPN and box head, if --weights holds them")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin but for c4")
@@ -385,6 +408,10 @@ def parse_args(argv=None):
         parser.error("--small sets the number of --iterations, so that no --schedule applies")
     if args.detector != "fpn" and args.box_head:
         parser.error("--box-head is of the fpn detector; c4's is Res5, retinanet has none")
+    if args.detector == "retinanet" and args.masks:
+        parser.error("--masks is of the c4 and fpn detectors")
+    if args.dataset == "voc" and args.masks:
+        parser.error("--masks needs --dataset coco or scenes: VOC's annotations hold boxes alone")
     if args.dataset != "scenes" and args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, a folder")
     if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):

@@ -50,10 +50,12 @@ def texture(rng, x, y, size, behind):
 
 
 def draw(size, seed, index):
-    """A scene: image (3, size, size) uint8, boxes (n, 4) float, labels (n,) int64, 1 <= n <= 5.
+    """A scene: image (3, size, size) uint8, boxes (n, 4) float, labels (n,) int64, masks (n, size,
+    size) bool, 1 <= n <= 5.
 
-    Boxes are x1 y1 x2 y2 in pixels, x2 y2 exclusive, tight to what is seen: the pixels that the
-    shape covers at least half and no later shape does. At least half of each shape is seen.
+    A mask is what is seen: the pixels that the shape covers at least half and no later shape does.
+    Boxes are x1 y1 x2 y2 in pixels, x2 y2 exclusive, tight to it. At least half of each shape is
+    seen.
     """
     rng, at = np.random.default_rng([seed, index]), np.arange(size, dtype=np.float32)
     cells = int(2 * 8 ** rng.random())  # 2 to 15
@@ -81,9 +83,11 @@ def draw(size, seed, index):
                 break
     noise = rng.uniform(0, 0.04) * rng.standard_normal(image.shape, dtype=np.float32)
     image = np.uint8(255 * np.clip(rng.uniform(0.8, 1.15) * image + noise, 0, 1) + 0.5)
-    seen = [np.nonzero(top == i + 1) for i in range(len(labels))]  # (rows, columns) of each shape
+    masks = top == np.arange(1, len(labels) + 1)[:, None, None]
+    seen = [np.nonzero(mask) for mask in masks]  # (rows, columns) of each shape
     boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in seen]
-    return torch.from_numpy(image), torch.tensor(boxes).float(), torch.tensor(labels)
+    return (torch.from_numpy(image), torch.tensor(boxes).float(), torch.tensor(labels),
+            torch.from_numpy(masks))
 
 
 class Scenes(torch.utils.data.Dataset):
@@ -93,8 +97,9 @@ class Scenes(torch.utils.data.Dataset):
         self.n, self.size, self.seed, self.cache = n, size, seed, cache
         self.names = [f"{size} {seed} {i}" for i in range(n)]
         if cache:
-            memory = mmap.mmap(-1, n * 3 * size**2)  # shared by forked workers
-            self.images = torch.frombuffer(memory, dtype=torch.uint8).view(n, 3, size, size)
+            memory = mmap.mmap(-1, n * 4 * size**2)  # shared by forked workers
+            pixels = torch.frombuffer(memory, dtype=torch.uint8).view(n, 4, size, size)
+            self.images, self.tops = pixels[:, :3], pixels[:, 3]  # tops: 1 + shape, or 0
             self.objects = torch.zeros(n, 5, 5).share_memory_()  # x1 y1 x2 y2 label, then zeros
 
     def __len__(self):
@@ -108,16 +113,18 @@ class Scenes(torch.utils.data.Dataset):
         return i, self[i]
 
     def labelled(self, i):
-        """What `draw` gives: image, boxes (n, 4), labels (n,)."""
+        """What `draw` gives: image, boxes (n, 4), labels (n,), masks (n, size, size)."""
         if not 0 <= i < self.n:
             raise IndexError(f"scene {i} of {self.n}")
         if not self.cache:
             return draw(self.size, self.seed, i)
         if not self.objects[i].any():
-            self.images[i], boxes, labels = draw(self.size, self.seed, i)
+            self.images[i], boxes, labels, masks = draw(self.size, self.seed, i)
+            self.tops[i] = (masks * torch.arange(1, len(labels) + 1)[:, None, None]).sum(0)
             self.objects[i, :len(labels)] = torch.column_stack([boxes, labels])  # last: it is drawn
         objects = self.objects[i][self.objects[i, :, 2] > 0]
-        return self.images[i].clone(), objects[:, :4], objects[:, 4].long()
+        masks = self.tops[i] == torch.arange(1, len(objects) + 1)[:, None, None]
+        return self.images[i].clone(), objects[:, :4], objects[:, 4].long(), masks
 
 
 def main(argv=None):
@@ -130,7 +137,7 @@ def main(argv=None):
     start, tiles, zoom = time.perf_counter(), [], max(1, 200 // args.size)
     scenes = [draw(args.size, args.seed, i) for i in range(96)]
     print(f"{96 / (time.perf_counter() - start):.0f} images/s of {args.size} x {args.size} pixels")
-    for image, boxes, labels in scenes[:24]:
+    for image, boxes, labels, _ in scenes[:24]:
         image = F.interpolate(image[None], scale_factor=zoom)[0]
         names = [CLASSES[label] for label in labels]
         tiles.append(draw_bounding_boxes(image, zoom * boxes, names, colors="white") / 255)

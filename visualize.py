@@ -32,6 +32,7 @@ from torchvision.utils import make_grid
 
 from common import InputError, box_into_view
 from detection.data import TEST_SPLITS, Annotated, LabelledScenes
+from detection.masks import Unpacked
 from detection.models import (Pyramid, detect, detector_from_args, load_fine_tuned, load_part,
                               restore)
 from plumbing.figures import (PAGE, PALETTE, draw_curves, draw_detections, image_grid, mark_places,
@@ -53,16 +54,17 @@ METHODS = {  # module: the method's name in its paper, and what its network has 
 FEWEST_BATCHES = 10  # in a histogram of the figure similarity
 
 
-def pictures(args):
+def pictures(args, masks=False):
     """Generate --images of the data set, drawn by --seed: image (3, H, W) uint8, annotations: a
-    dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,); None for a folder without."""
-    if args.data is None:
-        data = LabelledScenes(max(1000, args.images), seed=2)  # that pre-training has not seen
+    dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), and masks if asked for; None for
+    a folder without."""
+    if args.data is None:  # scenes that pre-training has not seen
+        data = LabelledScenes(max(1000, args.images), seed=2, masks=masks)
     elif args.dataset is None:
         data = ImageFolder(args.data)
     else:
         splits = args.split or TEST_SPLITS[args.dataset]
-        data = Annotated(args.dataset, args.data, splits, args.classes)
+        data = Annotated(args.dataset, args.data, splits, args.classes, masks=masks)
     for i in np.random.default_rng(args.seed).permutation(len(data))[:args.images].tolist():
         if args.data is None or args.dataset:
             yield data[i]
@@ -414,7 +416,8 @@ def detections(args, device):
         args.data = args.data or first["data"]
     if args.data and args.dataset == "scenes":
         raise InputError("detections of --data need --dataset voc or coco")
-    items, found, rows = [*islice(pictures(args), args.rows)], {}, []
+    masks = first["masks"] and args.dataset != "voc"
+    items, found, rows = [*islice(pictures(args, masks), args.rows)], {}, []
     for label, path in zip(args.labels, args.weights):
         own = dict(tuned[path]["args"] if path in tuned else first, weights="none", seed=args.seed)
         if own["classes"] != args.classes:
@@ -422,7 +425,8 @@ def detections(args, device):
         model = detector_from_args(argparse.Namespace(**own))
         if path in tuned:
             restore(model, tuned[path], path)
-        found[label] = detect(model.eval().to(device), [image for image, _ in items], device)
+        found[label] = Unpacked(detect(model.eval().to(device), [image for image, _ in items],
+                                       device))
         for i, (seen, (_, truth)) in enumerate(zip(found[label], items)):
             drawn = seen["scores"] >= args.score
             hit = box_iou(truth["boxes"].float(), seen["boxes"][drawn]) >= 0.5

@@ -1,9 +1,9 @@
 """Images with annotated boxes: the built-in scenes, and folders in PASCAL VOC's or COCO's layout.
 
 An item of a data set is an image (3, H, W) uint8 and a dict: boxes (n, 4), x1 y1 x2 y2 in the
-image's pixels; labels (n,), from 0; ignore (n,) bool; and, but for the scenes, area (n,) in
-pixels^2.  Whatever is wrong with a folder is an InputError that names the file, before training
-wherever it can be known before.
+image's pixels; labels (n,), from 0; ignore (n,) bool; but for the scenes, area (n,) in pixels^2;
+and where they are asked for, masks (n, H, W) bool.  Whatever is wrong with a folder is an
+InputError that names the file, before training wherever it can be known before.
 """
 import codecs
 import json
@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import horizontal_flip_bounding_boxes
 from torchvision.tv_tensors import BoundingBoxFormat
 
 from common import InputError, rank, world_size
+from detection.masks import to_mask
 from plumbing.files import EXTENSIONS, ImageFiles, list_images, read_size
 from plumbing.images import map_numbers
 
@@ -33,21 +34,23 @@ TEST_SPLITS = {"voc": ["2007/test"], "coco": ["val2017"]}
 
 
 class LabelledScenes(Dataset):
-    """``n`` of the built-in scenes with their boxes.
+    """``n`` of the built-in scenes with their boxes, and masks if asked for.
 
     The seeds of training (1) and test (2) scenes differ from each other and from pre-training's.
     """
 
-    def __init__(self, n, seed):
+    def __init__(self, n, seed, masks=False):
         from scenes import CLASSES, Scenes
         self.scenes, self.classes = Scenes(n, size=96, seed=seed, cache=True), [*CLASSES]
+        self.masks = masks
 
     def __len__(self):
         return len(self.scenes)
 
     def __getitem__(self, index):
-        image, boxes, labels = self.scenes.labelled(index)
-        return image, dict(boxes=boxes, labels=labels, ignore=torch.zeros_like(labels).bool())
+        image, boxes, labels, masks = self.scenes.labelled(index)
+        truth = dict(boxes=boxes, labels=labels, ignore=torch.zeros_like(labels).bool())
+        return image, {**truth, "masks": masks} if self.masks else truth
 
 
 class Object(NamedTuple):
@@ -56,6 +59,8 @@ class Object(NamedTuple):
     box: tuple  # x1 y1 x2 y2 in pixels
     ignore: bool  # VOC's `difficult`, COCO's `iscrowd`
     area: float  # in pixels^2; COCO's is of the segment
+    segment: bytes | None = None  # COCO's id and segmentation as JSON, if masks are read: a list
+    #                               of numbers takes several times the memory
 
 
 class AnnotatedFile(NamedTuple):
@@ -187,13 +192,13 @@ def _read_xml(path):
     return written, size, objects
 
 
-def read_coco(root, split):
+def read_coco(root, split, masks=False):
     """A split in COCO's layout -> its classes, by category id, and a list of AnnotatedFile.
 
     split: NAME, images in root/NAME, annotations in root/annotations/instances_NAME.json; or
-    FILE.json:FOLDER, both in root.
+    FILE.json:FOLDER, both in root.  masks: whether segments are read.
     Raises InputError: no such file, one that does not parse, an annotation of no known image or
-    category or without a box, ids or names that occur twice.
+    category or without a box, ids or names that occur twice; what cannot be a segmentation.
     """
     name, _, folder = split.partition(":")
     if not folder:
@@ -229,7 +234,8 @@ def read_coco(root, split):
                 _refuse_rotated(entry["attributes"].get("rotation", 0))  # CVAT's
             files[image].objects.append(Object(names[category], (x, y, x + w, y + h),
                                                _flag(entry.get("iscrowd")),
-                                               _area(entry.get("area"), w * h)))
+                                               _area(entry.get("area"), w * h),
+                                               _segment(entry) if masks else None))
         entry = None
         classes = [names[i] for i in sorted(names)]
     except OSError:
@@ -242,6 +248,21 @@ def read_coco(root, split):
     _only_once([file.path for file in files.values()], f"{path}: two images are")
     _only_once(classes, f"{path}: two categories have the name")
     return classes, [*files.values()]
+
+
+def _segment(entry):
+    """The id and the segmentation of an annotation as JSON, without polygons of fewer than 3
+    points; None if it has no other, as detectron2 (data/datasets/coco.py).  Raises ValueError for
+    what can be no segmentation; the rest shows when it is drawn."""
+    segmentation, name = entry.get("segmentation"), entry.get("id")
+    if isinstance(segmentation, list):
+        if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation):
+            raise ValueError(f"annotation {name}: a polygon is no list of x1 y1 x2 y2 ...")
+        segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
+    elif segmentation and not (isinstance(segmentation, dict) and
+                               {"size", "counts"} <= {*segmentation}):
+        raise ValueError(f"annotation {name}: its segmentation is neither polygons nor runs")
+    return json.dumps([name, segmentation]).encode() if segmentation else None
 
 
 def _json_object(pairs):
@@ -265,15 +286,16 @@ def _area(value, default):
         return default
 
 
-def read_splits(dataset, root, splits, classes=None):
+def read_splits(dataset, root, splits, classes=None, masks=False):
     """Splits in VOC's or COCO's layout (``dataset``: voc or coco), one after the other -> the
     classes that may occur (by default the splits' own), and a list of AnnotatedFile.
 
+    masks: whether COCO's segments are read; VOC's files have none.
     Raises InputError: whatever is wrong with a file, with its name; no image, or one that occurs
     twice; boxes that are fractions of their image.
     """
-    read = {"voc": read_voc, "coco": read_coco}[dataset]
-    parts = [read(root, split) for split in splits]
+    parts = [read_voc(root, split) if dataset == "voc" else read_coco(root, split, masks)
+             for split in splits]
     files = [file for part in parts for file in part[1]]
     classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
     if not files or not classes:
@@ -357,14 +379,15 @@ class Annotated(ImageFiles):
     training: `difficult` objects count as any other, boxes end at their image's border, images
     without a box to train on are left out unless keep_empty, and the next image takes the place of
     one that cannot be decoded; in a test that is an error.
+    masks: of COCO: items also have masks, and objects without a segmentation are left out.
     ``sizes``: width and height of each image.  Prints what there is, and what was left out.
     Raises InputError: as read_splits; a box that is not of its image as it is; no box to train on,
     or none to find in the test.
     """
 
     def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0,
-                 keep_empty=False):
-        self.classes, files = read_splits(dataset, root, splits, classes)
+                 keep_empty=False, masks=False):
+        self.classes, files = read_splits(dataset, root, splits, classes, masks)
         order = np.random.default_rng(seed).permutation(len(files))
         files = [files[i] for i in sorted(order[:round(fraction * len(files))])]
         if not files:
@@ -374,7 +397,7 @@ class Annotated(ImageFiles):
         self.training, self.sizes = training, []
         self.ignored = {"voc": "difficult", "coco": "crowds"}[dataset]
 
-        rows, self.ends, odd = [], [0], defaultdict(list)
+        rows, segments, self.ends, odd = [], [], [0], defaultdict(list)
         for file in files:
             size, orientation = self._size(file)
             self.sizes.append(size)
@@ -384,7 +407,10 @@ class Annotated(ImageFiles):
                 odd["resized"].append(file.source)
             if len({(thing.name, thing.box) for thing in file.objects}) < len(file.objects):
                 odd["repeated"].append(file.source)
-            for name, box, ignore, area in file.objects:
+            for name, box, ignore, area, segment in file.objects:
+                if masks and segment is None:
+                    odd["unsegmented"].append(file.source)
+                    continue
                 clipped = clip_box(box, size, file.source)
                 if clipped is None:
                     odd["flat"].append(file.source)
@@ -404,9 +430,13 @@ class Annotated(ImageFiles):
                 ignore = ignore and not (training and dataset == "voc")
                 # Paper silent: in training, boxes that reach outside their image are cut to it
                 rows.append((*(clipped if training else box), area, self.classes.index(name),
-                             ignore))
+                             ignore, len(rows)))
+                segments.append(segment or b"")
             self.ends.append(len(rows))  # image i has the rows from ends[i] to ends[i + 1]
-        self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 7)
+        self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 8)
+        # one block of bytes: workers that read parts of it do not copy it, as they would a list
+        self.segments = b"".join(segments) if masks else None
+        self.segment_ends = np.cumsum([0, *map(len, segments)])
         self._describe(" ".join(splits), odd)
         if training and not keep_empty:
             self._leave_out_empty(" ".join(splits))
@@ -433,9 +463,11 @@ class Annotated(ImageFiles):
         InputError if no box is left, or if the boxes seem to be of another format.
         """
         number = Counter({what: len(sources) for what, sources in odd.items()})
-        crowds, boxes = int(self.rows[:, 6].sum()), len(self.rows) + number["flat"]
+        crowds = int(self.rows[:, 6].sum())
+        boxes = len(self.rows) + number["flat"] + number["unsegmented"]
         counts = ", ".join(f"{n} {what}" for n, what in (
-            (crowds, self.ignored), (number["flat"], "without area")) if n)
+            (crowds, self.ignored), (number["flat"], "without area"),
+            (number["unsegmented"], "without a mask")) if n)
         counts = f"{boxes} boxes" + (f": {counts}" if counts else "")
         wrong = None
         if number["reversed"] > max(2, boxes / 20):
@@ -462,6 +494,7 @@ class Annotated(ImageFiles):
                   for what, text in (
                       ("turned", "images turned upright, as their EXIF orientation says"),
                       ("flat", "boxes without area left out"),
+                      ("unsegmented", "boxes without a mask left out"),
                       ("outside", "boxes reach outside the image"),
                       ("repeated", "images have a box twice"),
                       ("resized", "files declare another size than their image has (was it "
@@ -493,9 +526,25 @@ class Annotated(ImageFiles):
         if self.sizes[i] not in (image.shape[:0:-1], (math.inf, math.inf)):
             raise InputError(f"{self.paths[i]} has no longer the {self.sizes[i][0]} x "
                              f"{self.sizes[i][1]} pixels that it had at the start")
-        rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 7)
-        return image, dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
-                           ignore=rows[:, 6].bool())
+        rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 8)
+        truth = dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
+                     ignore=rows[:, 6].bool())
+        if self.segments is not None:
+            height, width = image.shape[1:]
+            masks = [self._mask(number, self.paths[i], height, width)
+                     for number in rows[:, 7].long().tolist()]
+            truth["masks"] = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
+        return image, truth
+
+    def _mask(self, number, path, height, width):
+        """The mask (H, W) bool of the annotation with that number, of the image at the path.
+        Raises InputError."""
+        start, end = self.segment_ends[number:number + 2]
+        name, segmentation = json.loads(self.segments[start:end])
+        try:
+            return to_mask(segmentation, height, width)
+        except InputError as error:
+            raise InputError(f"{path}, annotation {name}: {error}") from None
 
     def decode(self, workers, say):
         """Decode each image once, and drop it.  The processes share the work.  Raises InputError if
@@ -512,10 +561,15 @@ class Annotated(ImageFiles):
 
 def training_item(item):
     """Flip an item with p 0.5 and leave out what is to be ignored -> the image (3, H, W) uint8, and
-    torchvision's dict of targets: boxes (n, 4) float32, labels (n,) from 1, as 0 is background."""
+    torchvision's dict of targets: boxes (n, 4) float32, labels (n,) from 1, as 0 is background;
+    and, if the item has masks, bitmasks (n, H, W) bool."""
     image, truth = item
-    boxes, kept = truth["boxes"].float(), ~truth["ignore"]
-    if torch.rand(()) < 0.5:
+    boxes, kept, flipped = truth["boxes"].float(), ~truth["ignore"], torch.rand(()) < 0.5
+    if flipped:
         boxes = horizontal_flip_bounding_boxes(boxes, BoundingBoxFormat.XYXY, image.shape[-2:])
         image = image.flip(-1)
-    return image, dict(boxes=boxes[kept], labels=truth["labels"][kept] + 1)
+    target = dict(boxes=boxes[kept], labels=truth["labels"][kept] + 1)
+    if "masks" in truth:
+        masks = truth["masks"][kept]
+        target["bitmasks"] = masks.flip(-1) if flipped else masks
+    return image, target

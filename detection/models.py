@@ -1,6 +1,6 @@
 """The detectors that MoCo, DetCo and DUPR fine-tune, as detectron2 computes them.
 
-Faster R-CNN (Ren et al., arXiv 1506.01497), in two kinds, and RetinaNet.
+Faster R-CNN (Ren et al., arXiv 1506.01497) and Mask R-CNN, in two kinds each, and RetinaNet.
 
 `c4`: the RPN on Res4, Res5 as the box head with one more batch norm after it (MoCo, appendix).
 `fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.
@@ -24,11 +24,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import (FastRCNNConvFCHead, FastRCNNPredictor,
                                                       TwoMLPHead)
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import InputError, PyramidRoIAlign, ResNetStages, backbone_stages, rank
+from detection.instance_heads import crop_masks, mask_layers, mask_loss, paste_masks
+from detection.masks import to_runs
 from detection.retinanet import PyramidFromP3, RetinaNet, pyramid_parts
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.weights import AVERAGED, load_backbone, load_checkpoint
@@ -96,17 +98,70 @@ def box_head_losses(logits, deltas, labels, targets):
 
 
 class RoIHeads(roi_heads.RoIHeads):
-    """torchvision's box head and what samples for it, with detectron2's loss."""
+    """torchvision's box head and what samples for it, with detectron2's loss; and, with a
+    mask_predictor, the masks of objects.
+
+    object_pool: RoI Align for these; None: they are made of the box head's RoIs after its first two
+    layers, C4's Res5 and its norm, as in detectron2's Res5ROIHeads.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.object_pool = None
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """torchvision's, in training up to the losses of this file."""
+        """torchvision's, in training up to the losses of this file.  In eval mode, with a mask
+        head, the dicts also have mask_probabilities (n, S, S)."""
         if not self.training:
-            return super().forward(features, proposals, image_shapes)
-        proposals, _, labels, deltas = self.select_training_samples(proposals, targets)
-        h = self.box_head(self.box_roi_pool(features, proposals))
+            found, losses = super().forward(features, proposals, image_shapes)
+            self._add_objects(features, found)
+            return found, losses
+        proposals, objects, labels, deltas = self.select_training_samples(proposals, targets)
+        regions = self.box_roi_pool(features, proposals)
+        if self._shares_regions():
+            regions = self.box_head[:2](regions)
+            h = self.box_head[2:](regions)
+        else:
+            h = self.box_head(regions)
         classifier, box = box_head_losses(*self.box_predictor(h), torch.cat(labels),
                                           torch.cat(deltas))
-        return [], dict(loss_classifier=classifier, loss_box_reg=box)
+        losses = dict(loss_classifier=classifier, loss_box_reg=box)
+        positive = [label > 0 for label in labels]  # the RoIs that are objects
+        if self.mask_predictor is not None:
+            boxes, objects, labels = ([part[chosen] for part, chosen in zip(parts, positive)]
+                                      for parts in (proposals, objects, labels))
+            regions = (regions[torch.cat(positive)] if self._shares_regions() else
+                       self.object_pool(features, boxes))
+            logits = self.mask_logits(regions)
+            # from the masks as they were drawn: resized with the image, each pixel of them would
+            # be the nearest one
+            crops = [crop_masks(target["bitmasks"],
+                                resize_boxes(box, shape, target["bitmasks"].shape[1:]), number,
+                                logits.shape[-1])
+                     for target, box, shape, number in zip(targets, boxes, image_shapes, objects)]
+            losses["loss_mask"] = mask_loss(logits, torch.cat(labels), torch.cat(crops))
+        return [], losses
+
+    def _shares_regions(self):
+        return self.mask_predictor is not None and self.object_pool is None
+
+    def mask_logits(self, regions):
+        """RoIs (N, C, S / 2, S / 2) -> (N, K + 1, S, S)."""
+        return self.mask_predictor(self.mask_head(regions) if self.mask_head else regions)
+
+    def _add_objects(self, features, found):
+        """Add to the dicts of each image's detections what there is of each object."""
+        if self.mask_predictor is None:
+            return
+        boxes, labels = ([f[name] for f in found] for name in ("boxes", "labels"))
+        if self._shares_regions():
+            regions = self.box_head[:2](self.box_roi_pool(features, boxes))
+        else:
+            regions = self.object_pool(features, boxes)
+        logits, labels = self.mask_logits(regions), torch.cat(labels)
+        own = logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()
+        for f, probabilities in zip(found, own.split([len(box) for box in boxes])):
+            f["mask_probabilities"] = probabilities
 
 
 class Pyramid(nn.Module):
@@ -153,8 +208,9 @@ def _fpn_parts(stages, channels, sizes, box_head):
 
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
-                   mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False):
-    """Faster R-CNN, "fpn" or "c4", or "retinanet", with batch norm, all trainable.
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False):
+    """Faster R-CNN, or with ``masks`` Mask R-CNN, "fpn" or "c4"; or "retinanet"; with batch norm,
+    all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
     backbone_only, an FPN and a box head that it holds under this detector's names are loaded too,
@@ -163,6 +219,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     None: as in weights, or else two linear layers.  mean, std: of red, green and blue in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
+    With masks, targets also have bitmasks (n, H, W) bool, and the dicts mask_probabilities
+    (n, S, S), S = 28 of the FPN, 14 of C4.
     Raises InputError: C4 of another backbone than a ResNet, weights that do not fit.
     """
     stages = backbone_stages(arch)
@@ -199,6 +257,16 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                      bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
                      bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,
                      detections_per_img=100)
+    if masks and detector == "c4":
+        heads.mask_head, heads.mask_predictor = mask_layers(width, 256, num_classes, 0, None)
+    elif masks:
+        # Paper silent: batch norm where SoCo's box head has it, as in its R_50_FPN_1x.yaml, and
+        # none otherwise, as in detectron2's configurations: MoCo (Sec. 4.2) has it "in the newly
+        # initialized layers (e.g., FPN)", but no published configuration for it
+        heads.object_pool = PyramidRoIAlign(14, pool.strides)
+        heads.mask_head, heads.mask_predictor = mask_layers(
+            fpn_channels, fpn_channels, num_classes, 4,
+            nn.BatchNorm2d if box_head == "4conv1fc" else None)
     # Differs: an image's sides are rounded down when it is resized, and it is not smoothed before
     # it is made smaller; detectron2 rounds to the next pixel, and PIL smooths
     transform = GeneralizedRCNNTransform(tuple(min_size), max_size, list(mean), list(std),
@@ -207,7 +275,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     if detector == "fpn":
         load_part(model.backbone.fpn, "backbone.fpn.", rest, weights)
         load_part(model.roi_heads.box_head, "roi_heads.box_head.", rest, weights)
-    for part in (model.rpn.head, model.roi_heads.box_predictor):
+    for part in (model.rpn.head, heads.box_predictor, *([heads.mask_predictor] if masks else [])):
         part.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
     return model
 
@@ -265,7 +333,7 @@ def detector_from_args(args):
     torch.manual_seed(args.seed)
     return build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
                           args.min_size, args.max_size, args.anchor_size, args.rois, args.weights,
-                          args.box_head, args.mean, args.std, args.backbone_only)
+                          args.box_head, args.mean, args.std, args.backbone_only, args.masks)
 
 
 def restore(model, saved, path):
@@ -279,11 +347,19 @@ def restore(model, saved, path):
 
 @torch.no_grad()
 def detect(model, images, device):
-    """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), on
-    the CPU; best first.  One by one: a batch's padding would depend on who shares it."""
-    found = [model([image.to(device, non_blocking=True).float() / 255])[0] for image in images]
-    return [dict(boxes=f["boxes"].cpu(), labels=f["labels"].cpu() - 1, scores=f["scores"].cpu())
-            for f in found]
+    """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), and
+    with masks size (H, W) and runs, a list of n, as masks.to_runs gives them; on the CPU; best
+    first.  One by one: a batch's padding would depend on who shares it."""
+    found = []
+    for image in images:
+        f = model([image.to(device, non_blocking=True).float() / 255])[0]
+        f = {name: tensor.cpu() for name, tensor in f.items()}
+        found.append(dict(boxes=f["boxes"], labels=f["labels"] - 1, scores=f["scores"]))
+        if "mask_probabilities" in f:
+            size = tuple(image.shape[1:])
+            found[-1].update(size=size, runs=[*map(to_runs, paste_masks(
+                f["mask_probabilities"], f["boxes"], *size))])
+    return found
 
 
 def training_bytes(model, images, height, width, rois):
@@ -291,7 +367,7 @@ def training_bytes(model, images, height, width, rois):
     backward pass, of that many images of this size, and weights, gradients and momentum."""
     model, total = copy.deepcopy(model).to("meta"), [0]
     for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear)):
+        if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Linear)):
             module.register_forward_hook(
                 lambda _module, _inputs, output: total.append(4 * output.numel()))
     maps = model.backbone(torch.empty(images, 3, height, width, device="meta"))
@@ -300,7 +376,11 @@ def training_bytes(model, images, height, width, rois):
         logits = model.head(maps)["cls_logits"]  # the focal loss keeps eight tensors of this size
         return sum(total) + 28 * logits.numel() + 12 * sum(p.numel() for p in model.parameters())
     model.rpn.head(maps)
-    size = model.roi_heads.box_roi_pool.size
-    model.roi_heads.box_head(torch.empty(images * rois, maps[0].shape[1], size, size,
-                                         device="meta"))
+    heads, channels = model.roi_heads, maps[0].shape[1]
+    size = heads.box_roi_pool.size
+    heads.box_head(torch.empty(images * rois, channels, size, size, device="meta"))
+    if heads.mask_predictor is not None:  # of a quarter of the RoIs, those that may be objects
+        channels = heads.mask_predictor.conv5_mask.in_channels if not heads.mask_head else channels
+        size = heads.object_pool.size if heads.object_pool else size // 2
+        heads.mask_logits(torch.empty(images * rois // 4, channels, size, size, device="meta"))
     return sum(total) + 12 * sum(p.numel() for p in model.parameters())

@@ -199,6 +199,14 @@ def outline(ax, boxes, colours, names):
             label.remove()
 
 
+def fill(ax, masks, colours):
+    """Lay masks (n, H, W) bool over an image of H x W pixels, each in its colour."""
+    for mask, colour in zip(masks, colours):
+        layer = mask[..., None] * torch.tensor(to_rgba(colour, 0.5))  # (H, W, 4), clear outside
+        height, width = mask.shape
+        ax.imshow(layer.numpy(), extent=(0, width, height, 0), interpolation="nearest")
+
+
 def mark_places(ax, box, flipped, side):
     """Divide a box x1 y1 x2 y2 into side x side places, mirrored if it is flipped, and colour one
     in side + 2: the same places in every box."""
@@ -215,7 +223,7 @@ def mark_places(ax, box, flipped, side):
 def draw_detections(items, found, classes, score=0.3):
     """A figure of some items of a data set: their annotations, and below them what each detector
     found with at least that score.  found: the detector's name -> what detect returns for the
-    items."""
+    items, with masks unpacked."""
     shown = {"annotated": [truth for _, truth in items],
              **{f"{name}, score {score:g} or more": seen for name, seen in found.items()}}
     shapes = [image.shape[1:] for image, _ in items]
@@ -228,7 +236,9 @@ def draw_detections(items, found, classes, score=0.3):
             labels = objects["labels"][best].tolist()
             names = [classes[label] for label in labels] if "scores" not in objects else [
                 f"{classes[label]} {value:.2f}" for label, value in zip(labels, scores[best])]
-            outline(ax, objects["boxes"][best].tolist(), [f"C{n % len(PALETTE)}" for n in labels],
-                    names)
+            colours = [f"C{n % len(PALETTE)}" for n in labels]
+            if "masks" in objects:
+                fill(ax, torch.as_tensor(objects["masks"])[best], colours)
+            outline(ax, objects["boxes"][best].tolist(), colours, names)
         row[0].set_title(title, loc="left")
     return figure

@@ -50,8 +50,8 @@ def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
                                 [], [("cat", 0, 7, 7, 7, 20)]], split.rpartition("/")[2])
     file = read_voc(str(tmp_path), split)[1][0]
     assert file.size == (80, 60) and Path(file.source).name == "0000.xml"
-    assert file.objects == [("dog", (0, 0, 80, 60), False, 4800), ("cat", (10, 20, 30, 40), True,
-                                                                   400)]
+    assert file.objects == [("dog", (0, 0, 80, 60), False, 4800, None),
+                            ("cat", (10, 20, 30, 40), True, 400, None)]
     data = Annotated("voc", str(tmp_path), [split])
     image, truth = data[0]
     assert image.shape == (3, 60, 80) and image.dtype == torch.uint8
@@ -172,7 +172,7 @@ def test_coco_items(tmp_path, capsys):
     folder, content = make_coco(tmp_path)
     file = read_coco(str(folder), "some.json:photos")[1][0]
     assert file.size == (80, 60) and Path(file.path) == folder / "photos" / "0000.jpg"
-    assert file.objects[0] == ("bottle", (10, 10, 30, 40), False, 432.5)
+    assert file.objects[0] == ("bottle", (10, 10, 30, 40), False, 432.5, None)
     data = Annotated("coco", str(folder), ["some.json:photos"])
     said = capsys.readouterr().out
     assert "1 boxes without area left out, such as in some.json, 0001.jpg" in said
@@ -208,6 +208,84 @@ def test_coco_items(tmp_path, capsys):
     assert "two annotations are of" in error("coco", str(folder), ["photos", "some.json:photos"])
     (folder / "again").symlink_to(folder / "photos")
     assert len(Annotated("coco", str(folder), ["photos", "some.json:again"])) == 8
+
+
+def compressed(runs):
+    """At most 3 runs as COCO's string: five bits a character, the lowest first."""
+    text = ""
+    for run in runs:
+        while run >= 16:  # the next bit would be a sign
+            text, run = text + chr(48 + 32 + run % 32), run // 32
+        text += chr(48 + run)
+    return text
+
+
+def add_masks(folder, content):
+    """Add segmentations of all kinds to make_coco's: of its six objects a triangle, two squares
+    that touch, a crowd's runs, none, a line, and compressed runs."""
+    squares = [[40, 5, 60, 5, 60, 25, 40, 25], [40, 25, 60, 25, 60, 45, 40, 45]]
+    for entry, segmentation in zip(content["annotations"], [
+            [[10, 10, 30, 10, 10, 40], [1, 1, 5, 5]], squares,
+            dict(size=[60, 80], counts=[10, 20, 4770]), None, [[3, 4, 3, 17]],
+            dict(size=[60, 80], counts=compressed([1820, 40, 2940]))]):
+        entry["segmentation"] = segmentation
+    (folder / "some.json").write_text(json.dumps(content))
+
+
+def test_coco_masks(tmp_path, capsys):
+    """The pixels of each kind of segmentation, the line without area and what is a line alone left
+    out; in training without the crowd."""
+    folder, content = make_coco(tmp_path)
+    add_masks(folder, content)
+    data = Annotated("coco", str(folder), ["some.json:photos"], masks=True)
+    said = capsys.readouterr().out
+    assert "6 boxes: 1 crowds, 2 without a mask" in said
+    assert "2 boxes without a mask left out, such as in some.json, 0001.jpg" in said
+    truths = [data[i][1] for i in range(4)]
+    assert [truth["masks"].shape for truth in truths] == [(n, 60, 80) for n in (2, 1, 0, 1)]
+    assert all(truth["masks"].dtype == torch.bool for truth in truths)
+    for y in range(60):
+        for x in range(80):
+            # x / 20 + y / 30 < 1 from the corner (10, 10), at the pixel's middle
+            share = (x - 9.5) / 20 + (y - 9.5) / 30
+            if abs(share - 1) > 0.02:
+                assert truths[0]["masks"][0, y, x] == (x >= 10 and y >= 10 and share < 1), (x, y)
+            assert truths[0]["masks"][1, y, x] == (40 <= x < 60 and 5 <= y < 45)
+            assert truths[1]["masks"][0, y, x] == (x == 0 and 10 <= y < 30)
+            assert truths[3]["masks"][0, y, x] == (x == 30 and y >= 20)
+    assert truths[1]["ignore"].tolist() == [True]  # the crowd
+    train = Annotated("coco", str(folder), ["some.json:photos"], training=True, masks=True)
+    assert [Path(path).name for path in train.paths] == ["0000.jpg", "0003.jpg"]
+    for i, image in enumerate((0, 3)):
+        assert torch.equal(train[i][1]["masks"], truths[image]["masks"])
+    kept = Annotated("coco", str(folder), ["some.json:photos"], None, True, keep_empty=True,
+                     masks=True)
+    assert training_item(kept[1])[1]["bitmasks"].shape == (0, 60, 80)
+    assert "masks" not in Annotated("coco", str(folder), ["some.json:photos"])[0][1]
+
+
+def test_a_segmentation_that_is_wrong_is_named(tmp_path):
+    """What can be told without drawing it before the training, the rest when it is drawn."""
+    folder, content = make_coco(tmp_path)
+    args = "coco", str(folder), ["some.json:photos"]
+    for segmentation, message in (
+            ([[1, 2, 3, 4, 5]], "annotation 2: a polygon is no list of x1 y1 x2 y2"),
+            ([1, 2, 3, 4, 5, 6], "annotation 2: a polygon is no list of x1 y1"),
+            ("polygon", "annotation 2: its segmentation is neither polygons nor runs"),
+            (dict(size=[60, 80]), "annotation 2: its segmentation is neither")):
+        add_masks(folder, content)
+        content["annotations"][1]["segmentation"] = segmentation
+        (folder / "some.json").write_text(json.dumps(content))
+        assert message in error(*args, masks=True)
+        Annotated(*args)  # who trains on boxes has nothing to do with it
+    for segmentation, message in (
+            ([[1, 2, 3, 4, 5, "x"]], "a polygon that is no list of numbers"),
+            (dict(size=[80, 60], counts=[4800]), r"runs of size \[80, 60\]"),
+            (dict(size=[60, 80], counts=[4801]), "runs that sum to 4801")):
+        content["annotations"][1]["segmentation"] = segmentation
+        (folder / "some.json").write_text(json.dumps(content))
+        with pytest.raises(InputError, match=f"photos/0000.jpg, annotation 2: {message}"):
+            Annotated(*args, masks=True)[0]
 
 
 def test_coco_ap_equals_pycocotools_on_the_file(tmp_path):
@@ -319,7 +397,8 @@ def test_flips_move_the_boxes_with_the_pixels():
     image = torch.zeros(3, 20, 30, dtype=torch.uint8)
     image[:, 4:9, 2:12] = 255
     item = image, dict(boxes=torch.tensor([[2.0, 4, 12, 9], [0, 0, 1, 1]]).double(),
-                       labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]))
+                       labels=torch.tensor([3, 5]), ignore=torch.tensor([False, True]),
+                       masks=torch.stack([image[0] == 255, image[0] == 0]))
     seen = set()
     for seed in range(20):
         torch.manual_seed(seed)
@@ -329,6 +408,7 @@ def test_flips_move_the_boxes_with_the_pixels():
         assert target["labels"].tolist() == [4]  # from 1; the one to ignore is left out
         assert (flipped[:, y1:y2, x1:x2] == 255).all()
         assert flipped.float().sum() == 255 * 3 * 50
+        assert torch.equal(target["bitmasks"], flipped[:1] == 255)
         seen.add(x1)
     assert seen == {2, 18}
 

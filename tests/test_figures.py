@@ -149,5 +149,16 @@ def test_the_picture_of_detections():
     cat, dog = figure.axes[2].patches
     assert cat.get_bbox().extents.tolist() == [10, 10, 200, 100]
     assert cat.get_edgecolor() != dog.get_edgecolor()
+    left = torch.zeros(3, 400, 600).bool()
+    left[:, :, :300] = True
+    masked = draw_detections(items[:1], {"found": [dict(seen[0], masks=left.numpy())]},
+                             ["cat", "dog"], score=0.2)
+    image, cat, dog = masked.axes[1].images
+    assert len(masked.axes[0].images) == 1  # its annotations have no masks
+    for layer, box in ((cat, masked.axes[1].patches[0]), (dog, masked.axes[1].patches[1])):
+        colour = layer.get_array()
+        assert colour.shape == (400, 600, 4) and (colour[:, 300:] == 0).all()
+        assert colour[0, 0].tolist() == pytest.approx([*box.get_edgecolor()[:3], 0.5])
+        assert [*layer.get_extent()] == [*image.get_extent()] == [0, 600, 400, 0]
     default = draw_detections(items, {"first": seen}, ["cat", "dog"])
     assert [len(axes.patches) for axes in default.axes] == [7, 0, 1, 1]  # 0.3 or more

@@ -18,18 +18,22 @@ from plumbing.weights import detectron2_name, save_checkpoint, save_tensors
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=8, rois=16)
 
 
-@pytest.mark.parametrize("detector, norms", [("fpn", 20 + 8), ("c4", 20 + 1)])
-def test_every_layer_of_the_detector_trains(detector, norms):
-    """Batch norms: of ResNet-18, of the FPN's four inner and four layer blocks, C4's extra one."""
+@pytest.mark.parametrize("detector, norms, box_head", [
+    ("fpn", 20 + 8, None), ("c4", 20 + 1, None), ("fpn", 20 + 8 + 4 + 4, "4conv1fc")])
+def test_every_layer_of_the_detector_trains(detector, norms, box_head):
+    """Batch norms: of ResNet-18, of the FPN's four inner and four layer blocks, C4's extra one, of
+    SoCo's box head and the mask head beside it."""
     torch.manual_seed(0)
-    model = build_detector("resnet18", 6, detector, **SMALL).train()
+    model = build_detector("resnet18", 6, detector, **SMALL, masks=True, box_head=box_head).train()
     found = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     assert len(found) == norms
     assert all(type(m) is torch.nn.BatchNorm2d and m.training for m in found)
     assert all(p.requires_grad for p in model.parameters())
     before = [m.running_mean.clone() for m in found]
-    targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1])),
-               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long))]
+    targets = [dict(boxes=torch.tensor([[8.0, 8, 40, 40]]), labels=torch.tensor([1]),
+                    bitmasks=torch.ones(1, 64, 64).bool()),
+               dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
+                    bitmasks=torch.zeros(0, 48, 64).bool())]
     sum(model([torch.rand(3, 64, 64), torch.rand(3, 48, 64)], targets).values()).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
     assert all(not torch.equal(a, m.running_mean) for a, m in zip(before, found))
@@ -95,11 +99,22 @@ for level in (2, 3, 4, 5):
 add("fpn", "roi_heads.box_head.fc1", (1024, 256 * 7 * 7), False)
 add("fpn", "roi_heads.box_head.fc2", (1024, 1024), False)
 
+MASKS = {"roi_heads.mask_head.predictor.weight": (20, 256, 1, 1),  # of Mask R-CNN
+         "roi_heads.mask_head.predictor.bias": (20,), "roi_heads.mask_head.deconv.bias": (256,)}
+TENSORS["c4 masks"] = {**TENSORS["c4"], **MASKS,
+                       "roi_heads.mask_head.deconv.weight": (2048, 256, 2, 2)}
+TENSORS["fpn masks"] = {**TENSORS["fpn"], **MASKS,
+                        "roi_heads.mask_head.deconv.weight": (256, 256, 2, 2)}
+for layer in (1, 2, 3, 4):
+    add("fpn masks", f"roi_heads.mask_head.mask_fcn{layer}", (256, 256, 3, 3), False)
+
 LAYERS = {"rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
           "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
           "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
           "roi_heads.box_head.layer4": "roi_heads.layer4",
           "roi_heads.box_head.norm": "roi_heads.res5.norm",
+          "mask_predictor.conv5_mask": "mask_head.deconv",
+          "mask_predictor.mask_fcn_logits": "mask_head.predictor",
           "box_head.fc6": "box_head.fc1", "box_head.fc7": "box_head.fc2",
           "backbone.body": "backbone.bottom_up"}
 
@@ -108,6 +123,8 @@ def name_in_detectron2(name):
     """detectron2's name of the tensor that our detector calls ``name``."""
     for ours, theirs in LAYERS.items():
         name = name.replace(ours, theirs)
+    name = re.sub(r"mask_head\.(\d)\.0",
+                  lambda found: f"mask_head.mask_fcn{int(found[1]) + 1}", name)
     name = re.sub(r"fpn\.(inner|layer)_blocks\.(\d)\.(0|1)", lambda found: "fpn_" + (
         "lateral" if found[1] == "inner" else "output") + str(int(found[2]) + 2) +
         ".norm" * (found[3] == "1"), name)
@@ -116,20 +133,26 @@ def name_in_detectron2(name):
 
 
 @pytest.mark.parametrize("detector, tensors, parameters", [
-    ("c4", 279, 33_234_160), ("fpn", 319, 41_447_604)])
+    ("c4", 279, 33_234_160), ("fpn", 319, 41_447_604),
+    ("c4 masks", 283, 35_336_708), ("fpn masks", 331, 44_075_464)])
 def test_names_shapes_and_counts_are_detectron2s(detector, tensors, parameters):
-    """Batch norm counts its batches here as there, which is left out.  The only other shape: the
-    background, here the first class, has deltas too."""
-    model = build_detector("resnet50", 20, detector)
+    """Batch norm counts its batches here as there, which is left out.  The only other shapes: the
+    background, here the first class, has deltas and masks too."""
+    kind, _, masks = detector.partition(" ")
+    model = build_detector("resnet50", 20, kind, masks=bool(masks))
     state = {name_in_detectron2(k): tuple(v.shape) for k, v in model.state_dict().items()
              if not k.endswith("num_batches_tracked")}
     for k, rows in (("weight", (84, state["roi_heads.box_predictor.cls_score.weight"][1])),
                     ("bias", (84,))):
         assert state[f"roi_heads.box_predictor.bbox_pred.{k}"] == rows
         state[f"roi_heads.box_predictor.bbox_pred.{k}"] = (80, *rows[1:])
+        if masks:
+            one, *others = state[f"roi_heads.mask_head.predictor.{k}"]
+            state[f"roi_heads.mask_head.predictor.{k}"] = (one - 1, *others)
     assert state == TENSORS[detector] and len(state) == tensors
     number = sum(math.prod(shape) for k, shape in state.items() if "running" not in k)
     background = 4 * model.roi_heads.box_predictor.bbox_pred.in_features + 4
+    background += 256 + 1 if masks else 0
     assert number == sum(p.numel() for p in model.parameters()) - background == parameters
 
 
@@ -161,10 +184,15 @@ def test_the_numbers_are_detectron2s(detector):
 @pytest.mark.parametrize("detector", ["c4", "fpn"])
 def test_predictors_start_as_detectron2s(detector):
     torch.manual_seed(0)
-    model = build_detector("resnet50", 20, detector)
+    model = build_detector("resnet50", 20, detector, masks=True)
     head, predictor = model.rpn.head, model.roi_heads.box_predictor
     layers = [(head.conv[0][0], 0.01), (head.cls_logits, 0.01), (head.bbox_pred, 0.01),
               (predictor.cls_score, 0.01), (predictor.bbox_pred, 0.001)]
+    # c2_msra_fill: normal, deviation sqrt(2 / fan out), that of a deconvolution by its inputs
+    inputs = 256 if detector == "fpn" else 2048
+    layers += [(model.roi_heads.mask_predictor.conv5_mask, (2 / (inputs * 4)) ** 0.5),
+               (model.roi_heads.mask_predictor.mask_fcn_logits, 0.001),
+               *((part[0], (2 / (256 * 9)) ** 0.5) for part in model.roi_heads.mask_head or ())]
     if detector == "fpn":  # c2_xavier_fill: uniform up to sqrt(3 / inputs), deviation sqrt(1 / ..)
         layers += [(model.roi_heads.box_head.fc6, (256 * 49) ** -0.5),
                    (model.roi_heads.box_head.fc7, 1024 ** -0.5)]
@@ -438,38 +466,46 @@ def test_detections_do_not_depend_on_who_shares_the_batch():
 def test_mixed_precision_leaves_boxes_in_float32(detector):
     torch.manual_seed(0)
     model = build_detector("resnet18", 3, detector, 16, min_size=[640], max_size=640,
-                              rois=8).train()
+                              rois=8, masks=True).train()
     truth = torch.tensor([[321.3, 130.7, 611.9, 399.1]])
-    seen = []
+    seen, logits = [], []
 
     def encode(truths, proposals):
         seen.append((truths, proposals))
         return [torch.zeros_like(p) for p in proposals]
 
     model.roi_heads.box_coder.encode = encode
+    model.roi_heads.mask_predictor.register_forward_hook(
+        lambda _module, inputs, output: logits.extend([*inputs, output]))
     with torch.autocast("cpu", torch.bfloat16):
-        model([torch.rand(3, 640, 640)], [dict(boxes=truth, labels=torch.tensor([1]))])
+        losses = model([torch.rand(3, 640, 640)], [dict(
+            boxes=truth, labels=torch.tensor([1]), bitmasks=torch.ones(1, 640, 640).bool())])
+    assert [x.dtype for x in (*logits, losses["loss_mask"])] == [
+        torch.bfloat16, torch.float32, torch.float32]
     (truths, proposals), = seen
     assert truths[0].dtype == proposals[0].dtype == torch.float32
     assert (truths[0] - truth).abs().min() < 1e-3 and (proposals[0][-1] - truth).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize("masks", [False, True])
 @pytest.mark.parametrize("detector", ["fpn", "c4"])
-def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector):
-    """But for what is left out, to a fifth: ReLUs in place, pooling, losses."""
+def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector, masks):
+    """But for what is left out, to a fifth: ReLUs in place, pooling, losses.  Of masks, as many as
+    there may be: a quarter of the RoIs."""
     torch.manual_seed(0)
     model = build_detector("resnet18", 2, detector, fpn_channels=32, min_size=(160,), max_size=160,
-                           anchor_size=16, rois=16).train()
+                           anchor_size=16, rois=16, masks=masks).train()
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(x):
         kept[x.untyped_storage().data_ptr()] = x, x.untyped_storage().nbytes()
         return x
 
-    target = dict(boxes=torch.tensor([[20.0, 20, 120, 120]]), labels=torch.tensor([1]))
+    target = dict(boxes=torch.tensor([[20.0, 20, 120, 120]] * 4), labels=torch.ones(4).long(),
+                  bitmasks=torch.ones(4, 160, 160).bool())
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         losses = model([torch.rand(3, 160, 160)] * 2, [target] * 2)
-    assert len(losses) == 4
+    assert len(losses) == 4 + masks
     saved = sum(size for pointer, (_, size) in kept.items() if pointer not in own)
     weights = 12 * sum(p.numel() for p in model.parameters())
     assert training_bytes(model, 2, 160, 160, 16) - weights == pytest.approx(saved, rel=0.2)

@@ -30,13 +30,16 @@ def extents(mask):
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_a_scene_is_what_it_says(size):
     for index in range(20):
-        image, boxes, labels = draw(size, 1, index)
+        image, boxes, labels, masks = draw(size, 1, index)
         assert image.shape == (3, size, size) and image.dtype == torch.uint8
         assert image.float().std() > 5  # not one flat colour
         assert 1 <= len(labels) <= 5 and boxes.shape == (len(labels), 4)
         assert boxes.dtype == torch.float32 and labels.dtype == torch.int64
         assert (0 <= labels).all() and (labels < len(CLASSES)).all()
         assert (boxes >= 0).all() and (boxes <= size).all()
+        assert masks.shape == (len(labels), size, size) and masks.dtype == torch.bool
+        assert [extents(mask) for mask in masks] == boxes.tolist()
+        assert masks.sum(0).max() == 1  # each pixel shows one shape
         assert (boxes[:, 2:] - boxes[:, :2] >= 2).all()
         assert (boxes[:, 2:] - boxes[:, :2] <= 0.65 * size).all()
 
@@ -122,9 +125,9 @@ def paint_one(monkeypatch, which, size, index):
     with monkeypatch.context() as patch:
         patch.setattr(scenes, "texture", grey)
         patch.setattr(scenes, "signed_distance", record)
-        image, boxes, labels = draw(size, 5, index)
+        image, boxes, labels, masks = draw(size, 5, index)
     assert labels.tolist() == [label for label, _ in shapes]
-    return image.float().mean(dim=0) / 255, boxes, shapes
+    return image.float().mean(dim=0) / 255, boxes, masks, shapes
 
 
 def test_boxes_are_tight_to_what_is_seen(monkeypatch):
@@ -133,13 +136,15 @@ def test_boxes_are_tight_to_what_is_seen(monkeypatch):
     less than either cover: hence a box between two extents, and equal to one nearly always."""
     exact = total = 0
     for index in range(25):
-        plain, boxes, shapes = paint_one(monkeypatch, None, 48, index)
+        plain, boxes, masks, shapes = paint_one(monkeypatch, None, 48, index)
         for which, ((x1, y1, x2, y2), (label, side)) in enumerate(zip(boxes.tolist(), shapes)):
             seen = paint_one(monkeypatch, which, 48, index)[0] - plain
             seen = seen / seen.max()
             inner, outer = extents(seen > 0.53), extents(seen > 0.22)
             assert outer[0] <= x1 <= inner[0] and outer[1] <= y1 <= inner[1], (index, which)
             assert inner[2] <= x2 <= outer[2] and inner[3] <= y2 <= outer[3], (index, which)
+            assert not (masks[which] & (seen <= 0.22)).any()
+            assert not ((seen > 0.53) & ~masks[which]).any()
             area = scenes.SHAPES[CLASSES[label]][1] * side**2
             assert 0.47 * area < seen.sum() < 1.05 * area, "half of a shape is to be seen"
             exact += [x1, y1, x2, y2] == extents(seen >= 0.5)
@@ -161,7 +166,7 @@ def test_index_error():
 def test_cache_draws_once_and_gives_the_same(monkeypatch):
     plain, cached = Scenes(6, 32, 2), Scenes(6, 32, 2, cache=True)
     expected = [plain.labelled(i) for i in range(6)]
-    assert len({len(labels) for _, _, labels in expected}) > 1
+    assert len({len(labels) for _, _, labels, _ in expected}) > 1
     assert all(same(cached.labelled(i), expected[i]) for i in range(6))
     monkeypatch.setattr(scenes, "draw", None)  # a call would raise
     for i in range(6):
@@ -175,9 +180,9 @@ def test_cache_is_shared_with_forked_workers(monkeypatch):
     cached = Scenes(10, 32, 4, cache=True)
     expected = [Scenes(10, 32, 4).labelled(i) for i in range(10)]
     loader = DataLoader(cached, batch_size=2, num_workers=2, multiprocessing_context="fork")
-    assert torch.equal(torch.cat(list(loader)), torch.stack([image for image, _, _ in expected]))
+    assert torch.equal(torch.cat(list(loader)), torch.stack([image for image, *_ in expected]))
     monkeypatch.setattr(scenes, "draw", None)  # here and in the workers of the second pass
-    assert torch.equal(torch.cat(list(loader)), torch.stack([image for image, _, _ in expected]))
+    assert torch.equal(torch.cat(list(loader)), torch.stack([image for image, *_ in expected]))
     assert all(same(cached.labelled(i), expected[i]) for i in range(10))
 
 

@@ -270,7 +270,7 @@ def test_scenes_are_found_and_fast_finds_more():
     for strategy in ("single", "fast"):
         best[strategy] = []
         for i in range(12):
-            image, boxes, _ = scenes.labelled(i)
+            image, boxes, *_ = scenes.labelled(i)
             found = ss.propose(image, strategy, 224).tolist()
             best[strategy] += [max(overlap(truth, box) for box in found)
                                for truth in ss.keep_object_like(boxes.numpy(), 96, 96).tolist()]
