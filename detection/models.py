@@ -13,14 +13,12 @@ Base-RCNN-FPN.yaml) computes otherwise, so does this file: RoI Align, anchors, l
 of images, the weights at the start.
 """
 import copy
-import math
 from collections import OrderedDict
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import roi_heads, rpn
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import (FastRCNNConvFCHead, FastRCNNPredictor,
                                                       TwoMLPHead)
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
@@ -29,37 +27,12 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import InputError, PyramidRoIAlign, ResNetStages, backbone_stages, rank
+from detection.anchors import Anchors
 from detection.instance_heads import crop_masks, mask_layers, mask_loss, paste_masks
 from detection.masks import to_runs
 from detection.retinanet import PyramidFromP3, RetinaNet, pyramid_parts
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.weights import AVERAGED, load_backbone, load_checkpoint
-
-
-class Anchors(AnchorGenerator):
-    """detectron2's anchors (modeling/anchor_generator.py): sides that are not rounded, and the same
-    stride at every size of image.
-
-    sizes: of each level, the square roots of its anchors' areas; strides: of each level, in pixels.
-    """
-
-    def __init__(self, sizes, strides):
-        super().__init__(sizes, ((0.5, 1.0, 2.0),) * len(sizes))  # heights over widths
-        self.strides = [(stride, stride) for stride in strides]
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
-        """One level's anchors around 0, (A, 4): ratio by ratio of one size after the other."""
-        boxes = []
-        for size in scales:
-            for ratio in aspect_ratios:
-                w = math.sqrt(size ** 2 / ratio)
-                h = ratio * w
-                boxes.append([-w / 2, -h / 2, w / 2, h / 2])
-        return torch.tensor(boxes, dtype=dtype, device=device)
-
-    def grid_anchors(self, grid_sizes, _strides):
-        """Each level's anchors at all of its positions; torchvision's strides depend on padding."""
-        return super().grid_anchors(grid_sizes, self.strides)
 
 
 class RPN(rpn.RegionProposalNetwork):

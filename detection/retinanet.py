@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.models.detection import retinanet
-from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.ops import (FeaturePyramidNetwork, batched_nms, box_iou, clip_boxes_to_image,
                              sigmoid_focal_loss)
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from common import all_reduce_sum, world_size
+from detection.anchors import Anchors
 
 STRIDES = 8, 16, 32, 64, 128  # of P3 to P7
-RATIOS = 0.5, 1.0, 2.0  # heights of the anchors over their widths
 OCTAVES = 2 ** 0.0, 2 ** (1 / 3), 2 ** (2 / 3)  # sides of a level's anchors over the smallest
 
 
@@ -38,23 +37,6 @@ class PyramidFromP3(nn.Module):
         return self.fpn(OrderedDict(zip("123", self.body(images)[1:])))
 
 
-class Anchors(AnchorGenerator):
-    """detectron2's anchors, in float32.  torchvision's have sides of whole pixels; their stride is
-    the padded image's side over the map's, 61 for P6 of 800 pixels in place of 64; and they are in
-    the maps' precision, where bfloat16 moves them by pixels."""
-
-    def generate_anchors(self, scales, aspect_ratios, dtype=torch.float32, device="cpu"):
-        """(9, 4) x1 y1 x2 y2 around 0, the ratios of the first size first."""
-        sides = torch.tensor([(size / ratio ** 0.5, size * ratio ** 0.5)  # (9, 2) width, height
-                              for size in scales for ratio in aspect_ratios])
-        return torch.cat([-sides, sides], dim=1).to(device, dtype) / 2
-
-    def forward(self, images, maps):
-        self.set_cell_anchors(torch.float32, maps[0].device)
-        levels = self.grid_anchors([m.shape[-2:] for m in maps], [(s, s) for s in STRIDES])
-        return [torch.cat(levels)] * len(images.image_sizes)  # (A, 4) each
-
-
 class RetinaNet(retinanet.RetinaNet):
     """torchvision's network with detectron2's loss and detections; labels count from 1, as those of
     Faster R-CNN.  Images and targets as in models.build_detector.
@@ -68,7 +50,7 @@ class RetinaNet(retinanet.RetinaNet):
 
     def __init__(self, backbone, num_classes, anchor_size, **options):
         sizes = [[anchor_size * 2 ** level * octave for octave in OCTAVES] for level in range(5)]
-        super().__init__(backbone, num_classes, anchor_generator=Anchors(sizes, [RATIOS] * 5),
+        super().__init__(backbone, num_classes, anchor_generator=Anchors(sizes, STRIDES),
                          score_thresh=0.05, topk_candidates=1000, nms_thresh=0.5,
                          detections_per_img=100, **options)
         self.num_classes = num_classes

@@ -144,7 +144,7 @@ def test_what_is_found_has_the_ap_of_pycocotools(tmp_path):
         torch.manual_seed(n)
         oracle = Oracle(data).eval()
         args = SimpleNamespace(batch_size=2, workers=0, dataset="coco", masks=True)
-        ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent())
+        ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent(), lambda: None)
         content["annotations"] = [entry for entry in content["annotations"]
                                   if entry["id"] not in (4, 5)]  # these have no mask
         (folder / "some.json").write_text(json.dumps(content))

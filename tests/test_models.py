@@ -218,10 +218,10 @@ def test_anchors_by_hand():
                                    expected + torch.tensor([48., 80, 48, 80]))
     model = build_detector("resnet18", 2, "fpn", **SMALL)  # 8 to 128 pixels
     sides = (24, 24), (12, 12), (6, 6), (3, 3), (2, 2)  # of an image of 96 x 96
-    levels = [torch.zeros(2, 16, *side) for side in sides]
+    levels = [torch.zeros(2, 16, *side, dtype=torch.bfloat16) for side in sides]
     images = ImageList(torch.zeros(2, 3, 96, 96), [(96, 96), (96, 80)])
     one, two = model.rpn.anchor_generator(images, levels)
-    assert torch.equal(one, two)
+    assert torch.equal(one, two) and one.dtype == torch.float32
     for i, (level, stride) in enumerate(zip(one.split([3 * h * w for h, w in sides]),
                                             (4, 8, 16, 32, 64))):
         h, w = sides[i]

@@ -15,7 +15,8 @@ import visualize
 from common import resnet_stages
 from detection.data import LabelledScenes, training_item
 from detection.models import build_detector, detect, training_bytes
-from detection.retinanet import STRIDES, Anchors
+from detection.anchors import Anchors
+from detection.retinanet import STRIDES
 from plumbing.weights import detectron2_name, save_checkpoint
 
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=16)
@@ -128,8 +129,8 @@ def test_anchors_by_hand():
                           + torch.tensor([1024.0, 768, 1024, 768]))
     last = first[-9:]
     assert torch.allclose(last, 16 * torch.tensor(by_hand) + torch.tensor([1024.0, 768] * 2))
-    smaller = Anchors([[8.0]], [[1.0]]).cell_anchors[0]
-    assert smaller.tolist() == [[-4, -4, 4, 4]]
+    smaller = Anchors([[8.0]], [8]).cell_anchors[0]
+    assert smaller[1].tolist() == [-4, -4, 4, 4]
 
 
 # -------------------------------------------------------------------------------- matching, losses
