@@ -220,12 +220,12 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
         before_nms, after_nms, divisor = dict(training=2000, testing=1000), 1000, 32  # of a level
     after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
-    # Differs: boxes with a side below 0.001 pixels are no proposals, below 0.01 no detections, as
-    # in torchvision; detectron2 leaves out those without area
     proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
                     fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
                     positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms,
                     nms_thresh=0.7)
+    proposals.min_size = torch.finfo(torch.float32).tiny  # whatever has an area; torchvision: 0.001
+    # Differs: boxes with a side below 0.01 pixels are no detections; detectron2 keeps them
     heads = RoIHeads(pool, head, box_predictor(width, num_classes), fg_iou_thresh=0.5,
                      bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
                      bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,

@@ -235,6 +235,9 @@ def test_proposals_are_sorted_by_their_logits():
     """Of three boxes on one another the best stays, also where float32's sigmoid is 1 for all."""
     rpn = build_detector("resnet18", 2, **SMALL).eval().rpn
     boxes = torch.tensor([[[0.0, 0, 20, 20], [0, 0, 20, 21], [0, 0, 20, 22], [40, 40, 60, 60]]])
+    thin = torch.tensor([[[5.0, 5, 5.0001, 30], [5, 5, 5, 30]]])  # detectron2 wants an area alone
+    found, _ = rpn.filter_proposals(thin, torch.zeros(1, 2), [(64, 64)], [2])
+    assert torch.equal(found[0], thin[0, :1])
     for logits in ([20.0, 30, 25, 19], [-30.0, -20, -25, -31], [200.0, 200.1, 199, 0]):
         found, _ = rpn.filter_proposals(boxes, torch.tensor([logits]), [(64, 64)], [4])
         assert torch.equal(found[0], boxes[0, [1, 3]])
