@@ -203,11 +203,12 @@ class SwinStages(nn.Module):
         return [stage.permute(0, 3, 1, 2) for stage in stages]
 
 
-def backbone_stages(arch):
-    """The torchvision Swin Transformer or ResNet called ``arch``, randomly initialised."""
+def backbone_stages(arch, zero_init_residual=False):
+    """The torchvision Swin Transformer or ResNet called ``arch``, randomly initialised;
+    zero_init_residual: of ResNets, as resnet_stages takes it."""
     if arch.startswith("swin_") and arch in torchvision.models.list_models(torchvision.models):
         return SwinStages(torchvision.models.get_model(arch, weights=None))
-    return resnet_stages(arch)
+    return resnet_stages(arch, zero_init_residual=zero_init_residual)
 
 
 class PyramidRoIAlign(nn.Module):

@@ -102,8 +102,8 @@ class VICReg(nn.Module):
 
     def __init__(self, arch="resnet50", dim=2048, weights=(25.0, 25.0, 1.0)):
         super().__init__()
-        # Differs: the last batch norm of a residual block starts at one; the authors' at zero
-        self.stages, self.weights = backbone_stages(arch), weights
+        self.weights = weights
+        self.stages = backbone_stages(arch, zero_init_residual=True)  # as the authors' code
         # Differs: 2048 wide, as in the report; the paper's is 8192 wide
         self.projector = MLP(self.stages.channels[-1], [dim] * 3, norm_layer=nn.BatchNorm1d,
                              bias=False)  # batch norm and ReLU between

@@ -15,8 +15,16 @@ import vicreg
 from plumbing.run import Run
 
 
+def started(model):
+    """As after its first steps: the last batch norm of a residual block is no longer 0."""
+    for name, p in model.stages.named_parameters():
+        if name.endswith("bn2.weight"):
+            torch.nn.init.ones_(p)
+    return model
+
+
 def small():
-    return barlow_twins.BarlowTwins("resnet18", 24, 0.02)
+    return started(barlow_twins.BarlowTwins("resnet18", 24, 0.02))
 
 
 def batch(number):
@@ -194,3 +202,15 @@ def test_measured_normalisation_is_printed_and_nothing_else_happens(tmp_path, ca
     mean, std = (" ".join(f"{v:.4f}" for v in part) for part in (numbers[:3], numbers[3:]))
     assert capsys.readouterr().out == f"3 images:  --mean {mean} --std {std}\n"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("method", [barlow_twins.BarlowTwins, vicreg.VICReg])
+def test_a_residual_block_starts_as_the_identity(method):
+    torch.manual_seed(0)
+    for arch, last, number in (("resnet18", "bn2", 8), ("resnet50", "bn3", 16)):
+        stages = method(arch, 8).stages
+        blocks = [block for i in range(1, 5) for block in getattr(stages, f"layer{i}")]
+        assert len(blocks) == number
+        assert not any(block.get_submodule(last).weight.any() for block in blocks)
+        x = torch.rand(2, blocks[1].conv1.in_channels, 8, 8)
+        assert torch.equal(blocks[1](x), x)

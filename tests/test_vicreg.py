@@ -2,13 +2,13 @@
 test_methods.py."""
 import pytest
 import torch
-from test_barlow_twins import batch
+from test_barlow_twins import batch, started
 
 import vicreg
 
 
 def small():
-    return vicreg.VICReg("resnet18", 24, (2.0, 3.0, 4.0))
+    return started(vicreg.VICReg("resnet18", 24, (2.0, 3.0, 4.0)))
 
 
 def settled(model):
