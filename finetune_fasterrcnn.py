@@ -266,6 +266,17 @@ def bytes_of_a_step(model, args, device):
     return needed / 2 if on_gpu and args.precision != "float32" else needed
 
 
+def warn_of_size(needed, args, device, run):
+    """Say what is too much for a CPU, or for the memory of which ``needed`` bytes are needed."""
+    if device.type == "cpu" and max(args.min_size) >= 400:
+        run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
+                f"{max(args.min_size)} pixels are for GPUs: on a CPU use --small")
+    if needed > free_memory(device):
+        run.say(f"warning: an iteration needs about {needed / 2 ** 30:.1f} GiB of memory, and "
+                f"{free_memory(device) / 2 ** 30:.1f} are free: use a smaller --batch-size or "
+                "--max-size, or --small")
+
+
 def train(args, device):
     """Fine-tune and evaluate as ``args`` say, into the folder of the run."""
     train_set, test_set = data_sets(args)
@@ -292,13 +303,7 @@ def train(args, device):
         test_set.decode(args.workers, run.say)
     model.train()
     run.say(describe(model, len(train_set), args, device))
-    if device.type == "cpu" and max(args.min_size) >= 400:
-        run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
-                f"{max(args.min_size)} pixels are for GPUs: on a CPU use --small")
-    if needed > free_memory(device):
-        run.say(f"warning: an iteration needs about {needed / 2 ** 30:.1f} GiB of memory, and "
-                f"{free_memory(device) / 2 ** 30:.1f} are free: use a smaller --batch-size or "
-                "--max-size, or --small")
+    warn_of_size(needed, args, device, run)
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.
     mixed = mixed_precision(args, device)
