@@ -16,7 +16,7 @@ Commands
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE \
         --masks
-    with --detector retinanet in its place, DetCo's Table 5; with --fraction 0.01 too, its Table 12
+    (--detector retinanet in place of --masks: DetCo's Table 5; with --fraction 0.01 too, Table 12)
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
 Splits, for --train-split and --test-split; several are joined

@@ -179,6 +179,19 @@ def _fpn_parts(stages, channels, sizes, box_head):
             PyramidRoIAlign(7, strides[:4]), box_head, 1024)
 
 
+def _add_mask_head(heads, detector, channels, num_classes, box_head):
+    """Add Mask R-CNN's head to RoIHeads.  channels: of the FPN, or of C4's Res5."""
+    if detector == "c4":
+        heads.mask_head, heads.mask_predictor = mask_layers(channels, 256, num_classes, 0, None)
+        return
+    # Paper silent: batch norm where SoCo's box head has it, as in its R_50_FPN_1x.yaml, and none
+    # otherwise, as in detectron2's configurations: MoCo (Sec. 4.2) has it "in the newly initialized
+    # layers (e.g., FPN)", but no published configuration for it
+    norm = nn.BatchNorm2d if box_head == "4conv1fc" else None
+    heads.object_pool = PyramidRoIAlign(14, heads.box_roi_pool.strides)
+    heads.mask_head, heads.mask_predictor = mask_layers(channels, channels, num_classes, 4, norm)
+
+
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False):
@@ -207,9 +220,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                           image_std=list(std))
         for name, part in pyramid_parts(model.backbone.fpn, rest).items():
             load_part(part, name, rest, weights)
-        for head in (model.head.classification_head, model.head.regression_head):
-            head.register_forward_hook(as_float32)
-        return model
+        return in_float32(model, model.head.classification_head, model.head.regression_head)
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
         backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
@@ -230,16 +241,9 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
                      bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
                      bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,
                      detections_per_img=100)
-    if masks and detector == "c4":
-        heads.mask_head, heads.mask_predictor = mask_layers(width, 256, num_classes, 0, None)
-    elif masks:
-        # Paper silent: batch norm where SoCo's box head has it, as in its R_50_FPN_1x.yaml, and
-        # none otherwise, as in detectron2's configurations: MoCo (Sec. 4.2) has it "in the newly
-        # initialized layers (e.g., FPN)", but no published configuration for it
-        heads.object_pool = PyramidRoIAlign(14, pool.strides)
-        heads.mask_head, heads.mask_predictor = mask_layers(
-            fpn_channels, fpn_channels, num_classes, 4,
-            nn.BatchNorm2d if box_head == "4conv1fc" else None)
+    if masks:
+        _add_mask_head(heads, detector, fpn_channels if detector == "fpn" else width, num_classes,
+                       box_head)
     # Differs: an image's sides are rounded down when it is resized, and it is not smoothed before
     # it is made smaller; detectron2 rounds to the next pixel, and PIL smooths
     transform = GeneralizedRCNNTransform(tuple(min_size), max_size, list(mean), list(std),
@@ -248,9 +252,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     if detector == "fpn":
         load_part(model.backbone.fpn, "backbone.fpn.", rest, weights)
         load_part(model.roi_heads.box_head, "roi_heads.box_head.", rest, weights)
-    for part in (model.rpn.head, heads.box_predictor, *([heads.mask_predictor] if masks else [])):
-        part.register_forward_hook(as_float32)  # bfloat16 would round boxes by whole pixels
-    return model
+    return in_float32(model, model.rpn.head, heads.box_predictor,
+                      *([heads.mask_predictor] if masks else []))
 
 
 def box_predictor(width, num_classes):
@@ -283,6 +286,14 @@ def load_part(module, name, rest, path):
                          "--backbone-only leaves it out") from None
     if rank() == 0:
         print(f"{path}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
+
+
+def in_float32(model, *parts):
+    """The model, whose parts' outputs are float32 also in bfloat16, which would round boxes by
+    whole pixels."""
+    for part in parts:
+        part.register_forward_hook(as_float32)
+    return model
 
 
 def as_float32(_module, _inputs, output):
