@@ -195,12 +195,10 @@ def _add_mask_head(heads, detector, channels, num_classes, box_head):
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False):
-    """Faster R-CNN, or with ``masks`` Mask R-CNN, "fpn" or "c4"; or "retinanet"; with batch norm,
-    all trainable.
+    """Faster R-CNN or, with ``masks``, Mask R-CNN, "fpn" or "c4"; or "retinanet"; all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
-    backbone_only, an FPN and a box head that it holds under this detector's names are loaded too,
-    into retinanet the FPN alone.
+    backbone_only, an FPN and a box head under this detector's names are loaded from it too.
     box_head, of the FPN: "4conv1fc" (SoCo's: 4 convolutions with batch norm, 1 linear layer), or
     None: as in weights, or else two linear layers.  mean, std: of red, green and blue in 0..1.
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
