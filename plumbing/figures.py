@@ -80,17 +80,18 @@ def draw_curves(logs, path):
     figure = Figure((PAGE * across / 2, 2.6 * down))
     for i, (panel, columns) in enumerate(panels.items()):
         axes = figure.add_subplot(down, across, i + 1)
-        kinds = list(dict.fromkeys(LEVEL.sub("", column) for column in columns))
+        of_all_levels = list(dict.fromkeys(LEVEL.sub("", column) for column in columns))
         for run, rows in enumerate(logs.values()):
             for number, column in enumerate(columns):
                 if column not in rows[0]:
                     continue
-                level, kind = LEVEL.search(column), kinds.index(LEVEL.sub("", column))
+                level = LEVEL.search(column)
+                number_of_kind = of_all_levels.index(LEVEL.sub("", column))
                 chance = column.endswith("chance")
                 colour = run if not single else int(level[0][-1]) - 2 if level else number
                 words = column.split("_")
                 words = words[1:] if len(words) > 1 and words[0] == panel != "deviation" else words
-                style = ("-", ":", "-.")[kind % 3 if level or not single else 0]
+                style = ("-", ":", "-.")[number_of_kind % 3 if level or not single else 0]
                 known = [row for row in rows if math.isfinite(row[column])]
                 axes.plot([row["epoch"] for row in known], [row[column] for row in known],
                           "--" if chance else style, marker="." if panel == "AP" else "", lw=1.2,
