@@ -1,10 +1,10 @@
-"""Fine-tune Faster R-CNN or Mask R-CNN from a pre-trained backbone, and measure its AP.
+"""Fine-tune Faster, Mask or Keypoint R-CNN from a pre-trained backbone, and measure its AP.
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,
 arXiv 1612.03144), or RetinaNet (Lin et al., ICCV 2017, arXiv 1708.02002) is fine-tuned with a fixed
 recipe, and all its layers train.  On COCO it is Mask R-CNN (He et al., ICCV 2017, arXiv
-1703.06870), --masks.
+1703.06870), --masks, and Keypoint R-CNN (Sec. 5), --keypoints.
 
 Read first: one of the methods, for where --weights comes from.  Then detection/models.py, the
 detectors; detection/average_precision.py, the measure; detection/data.py, the data.  "The report"
@@ -38,7 +38,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops._utils import split_normalization_params
 
 from common import InputError, all_reduce_sum, rank, world_size
-from detection.average_precision import coco_ap, mask_ap, voc07_ap
+from detection.average_precision import coco_ap, keypoint_ap, mask_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.masks import Unpacked, to_runs
 from detection.models import (detect, detector_from_args, load_fine_tuned, restore,
@@ -125,7 +125,8 @@ def ap_so_far(model, train_set, test_set, args, device, run):
 
 def evaluate(model, dataset, args, device, run, stop):
     """coco_ap of the whole data set, each process detecting in its share of the images; on VOC also
-    voc07_ap, as VOC07; with --masks also mask_ap, as masks.  stop: called before each batch."""
+    voc07_ap, as VOC07; with --masks also mask_ap, as masks, with --keypoints keypoint_ap.  stop:
+    called before each batch."""
     if world_size() > 1:
         for buffer in model.buffers():  # on CPUs each process has its own running statistics
             dist.broadcast(buffer, src=0)
@@ -149,6 +150,8 @@ def evaluate(model, dataset, args, device, run, stop):
         ap["VOC07"] = voc07_ap(truths, detections)
     if args.masks:
         ap["masks"] = mask_ap(Unpacked(truths), Unpacked(detections))
+    if args.keypoints:
+        ap["keypoints"] = keypoint_ap(truths, detections)
     return ap
 
 
@@ -164,7 +167,7 @@ def pack(truth):
 def measure(model, dataset, args, device, run):
     """Evaluate, print the AP, and write it and a picture into the folder of the run."""
     ap = evaluate(model, dataset, args, device, run, run.stop_if_asked)
-    kinds = {"boxes": ap, **{name: ap[name] for name in ("masks",) if name in ap}}
+    kinds = {"boxes": ap, **{name: ap[name] for name in ("masks", "keypoints") if name in ap}}
     for values in kinds.values():
         values["per_class"] = {dataset.classes[k]: v for k, v in values["per_class"].items()}
     if rank() == 0:
@@ -239,13 +242,14 @@ def data_sets(args):
     """The training and the test set that the arguments name; no training set for --eval-only."""
     if args.dataset == "scenes":
         n = max(1, round(args.fraction * args.train_scenes))
-        return (LabelledScenes(n, seed=1, masks=args.masks),
-                LabelledScenes(args.test_scenes, seed=2, masks=args.masks))
+        return (LabelledScenes(n, 1, args.masks, args.keypoints),
+                LabelledScenes(args.test_scenes, 2, args.masks, args.keypoints))
     train_set = None if args.eval_only else Annotated(
         args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed,
-        args.keep_empty, args.masks)
+        args.keep_empty, args.masks, args.keypoints)
     classes = args.classes or train_set.classes
-    test_set = Annotated(args.dataset, args.data, args.test_split, classes, masks=args.masks)
+    test_set = Annotated(args.dataset, args.data, args.test_split, classes, masks=args.masks,
+                         keypoints=args.keypoints)
     for data in (train_set, test_set):
         for path, size in zip(data.paths, data.sizes) if data else ():
             if args.max_size * min(size) < 1.001 * max(size):
@@ -345,6 +349,8 @@ def add_arguments(parser):
     add("--detector", choices=["c4", "fpn", "retinanet"], help="default: c4 on voc, else fpn; "
         "retinanet: in one stage, with half of its lr")
     add("--masks", action="store_true", help="Mask R-CNN: each object's mask too")
+    add("--keypoints", action="store_true", help="Keypoint R-CNN: each person's 17 keypoints too; "
+        "of scenes the corners of stars and triangles")
     add("--weights", default="none", help="file that holds the backbone, or none (default)")
     add("--backbone-only", action="store_true", help="no FPN and box head, if --weights holds them")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin but for c4")
@@ -415,8 +421,11 @@ def parse_args(argv=None):
         parser.error("--box-head is of the fpn detector; c4's is Res5, retinanet has none")
     if args.detector == "retinanet" and args.masks:
         parser.error("--masks is of the c4 and fpn detectors")
-    if args.dataset == "voc" and args.masks:
-        parser.error("--masks needs --dataset coco or scenes: VOC's annotations hold boxes alone")
+    if args.detector != "fpn" and args.keypoints:
+        parser.error("--keypoints is of the fpn detector")
+    if args.dataset == "voc" and (args.masks or args.keypoints):
+        parser.error("--masks and --keypoints need --dataset coco or scenes: VOC's annotations "
+                     "hold boxes alone")
     if args.dataset != "scenes" and args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, a folder")
     if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):

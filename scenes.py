@@ -34,6 +34,21 @@ def signed_distance(label, x, y, side, turn):
     return radius * side * np.max([a * u + b * v - c for a, b, c in bounds], axis=0)
 
 
+def tips(label, x, y, side, turn):
+    """The corners of a triangle or a star around (x, y), (5, 2), nan where there are none: first
+    the uppermost, then by turns the next one clockwise and the next one counter-clockwise.
+
+    In a mirrored scene 1 and 2, 3 and 4 are exchanged, as left and right are of COCO's keypoints.
+    """
+    points, number = np.full((5, 2), np.nan), {"triangle": 3, "star": 5}.get(CLASSES[label], 0)
+    if number:
+        angle = (np.arange(number) + (number == 5) / 2) * 2 * math.pi / number - turn
+        at = SHAPES[CLASSES[label]][0] * side * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        order = at[:, 1].argmin() + np.array([0, 1, -1, 2, -2])[:number]
+        points[:number] = at[order % number] + [x, y]
+    return points
+
+
 def texture(rng, x, y, size, behind):
     """Stripes, checks or dots (3, h, w) at columns x (w,), rows y (h, 1), unlike `behind`, (3,)."""
     kind, (angle, phase) = rng.integers(3), rng.uniform(0, 2 * math.pi, 2).tolist()
@@ -51,11 +66,11 @@ def texture(rng, x, y, size, behind):
 
 def draw(size, seed, index):
     """A scene: image (3, size, size) uint8, boxes (n, 4) float, labels (n,) int64, masks (n, size,
-    size) bool, 1 <= n <= 5.
+    size) bool, corners (n, 5, 3), 1 <= n <= 5.
 
     A mask is what is seen: the pixels that the shape covers at least half and no later shape does.
     Boxes are x1 y1 x2 y2 in pixels, x2 y2 exclusive, tight to it. At least half of each shape is
-    seen.
+    seen. Corners are x y of what `tips` gives, and 1; zeros if there is none in the image.
     """
     rng, at = np.random.default_rng([seed, index]), np.arange(size, dtype=np.float32)
     cells = int(2 * 8 ** rng.random())  # 2 to 15
@@ -64,6 +79,7 @@ def draw(size, seed, index):
     pattern = texture(rng, at, at[:, None], size, image.mean(axis=(1, 2)))
     image += rng.uniform(0.2, 0.6) * (pattern - image)
     top, labels, areas = np.zeros((size, size), dtype=np.int64), [], []  # top: 1 + shape, or 0
+    corners = []
     for label in rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist():
         side = max(8, size * rng.uniform(0.15**0.5, 0.5**0.5) ** 2)  # small ones more often
         reach, area = SHAPES[CLASSES[label]][0] * side + 2, SHAPES[CLASSES[label]][1] * side**2
@@ -80,14 +96,18 @@ def draw(size, seed, index):
                 colour = texture(rng, x, y, size, canvas[:, distance <= 0].mean(axis=1))
                 canvas += np.clip(0.5 - distance, 0, 1) * (colour - canvas)  # anti-aliased
                 top, labels, areas = trial, [*labels, label], [*areas, area]
+                corners.append(tips(label, cx, cy, side, turn))
                 break
     noise = rng.uniform(0, 0.04) * rng.standard_normal(image.shape, dtype=np.float32)
     image = np.uint8(255 * np.clip(rng.uniform(0.8, 1.15) * image + noise, 0, 1) + 0.5)
     masks = top == np.arange(1, len(labels) + 1)[:, None, None]
     seen = [np.nonzero(mask) for mask in masks]  # (rows, columns) of each shape
     boxes = [[x.min(), y.min(), x.max() + 1, y.max() + 1] for y, x in seen]
+    corners = torch.from_numpy(np.array(corners)).float()
+    inside = ((corners >= 0) & (corners < size)).all(dim=2, keepdim=True)
+    corners = torch.cat([torch.where(inside, corners, 0), inside], dim=2)
     return (torch.from_numpy(image), torch.tensor(boxes).float(), torch.tensor(labels),
-            torch.from_numpy(masks))
+            torch.from_numpy(masks), corners)
 
 
 class Scenes(torch.utils.data.Dataset):
@@ -101,6 +121,7 @@ class Scenes(torch.utils.data.Dataset):
             pixels = torch.frombuffer(memory, dtype=torch.uint8).view(n, 4, size, size)
             self.images, self.tops = pixels[:, :3], pixels[:, 3]  # tops: 1 + shape, or 0
             self.objects = torch.zeros(n, 5, 5).share_memory_()  # x1 y1 x2 y2 label, then zeros
+            self.corners = torch.zeros(n, 5, 5, 3).share_memory_()
 
     def __len__(self):
         return self.n
@@ -113,18 +134,20 @@ class Scenes(torch.utils.data.Dataset):
         return i, self[i]
 
     def labelled(self, i):
-        """What `draw` gives: image, boxes (n, 4), labels (n,), masks (n, size, size)."""
+        """What `draw` gives: image, boxes, labels, masks and corners of n shapes."""
         if not 0 <= i < self.n:
             raise IndexError(f"scene {i} of {self.n}")
         if not self.cache:
             return draw(self.size, self.seed, i)
         if not self.objects[i].any():
-            self.images[i], boxes, labels, masks = draw(self.size, self.seed, i)
+            self.images[i], boxes, labels, masks, corners = draw(self.size, self.seed, i)
+            self.corners[i, :len(labels)] = corners
             self.tops[i] = (masks * torch.arange(1, len(labels) + 1)[:, None, None]).sum(0)
             self.objects[i, :len(labels)] = torch.column_stack([boxes, labels])  # last: it is drawn
         objects = self.objects[i][self.objects[i, :, 2] > 0]
         masks = self.tops[i] == torch.arange(1, len(objects) + 1)[:, None, None]
-        return self.images[i].clone(), objects[:, :4], objects[:, 4].long(), masks
+        return (self.images[i].clone(), objects[:, :4], objects[:, 4].long(), masks,
+                self.corners[i, :len(objects)].clone())
 
 
 def main(argv=None):
@@ -137,7 +160,7 @@ def main(argv=None):
     start, tiles, zoom = time.perf_counter(), [], max(1, 200 // args.size)
     scenes = [draw(args.size, args.seed, i) for i in range(96)]
     print(f"{96 / (time.perf_counter() - start):.0f} images/s of {args.size} x {args.size} pixels")
-    for image, boxes, labels, _ in scenes[:24]:
+    for image, boxes, labels, *_ in scenes[:24]:
         image = F.interpolate(image[None], scale_factor=zoom)[0]
         names = [CLASSES[label] for label in labels]
         tiles.append(draw_bounding_boxes(image, zoom * boxes, names, colors="white") / 255)

@@ -54,17 +54,18 @@ METHODS = {  # module: the method's name in its paper, and what its network has 
 FEWEST_BATCHES = 10  # in a histogram of the figure similarity
 
 
-def pictures(args, masks=False):
+def pictures(args, masks=False, keypoints=False):
     """Generate --images of the data set, drawn by --seed: image (3, H, W) uint8, annotations: a
-    dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), and masks if asked for; None for
-    a folder without."""
+    dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), and masks and keypoints if asked
+    for; None for a folder without."""
     if args.data is None:  # scenes that pre-training has not seen
-        data = LabelledScenes(max(1000, args.images), seed=2, masks=masks)
+        data = LabelledScenes(max(1000, args.images), seed=2, masks=masks, keypoints=keypoints)
     elif args.dataset is None:
         data = ImageFolder(args.data)
     else:
         splits = args.split or TEST_SPLITS[args.dataset]
-        data = Annotated(args.dataset, args.data, splits, args.classes, masks=masks)
+        data = Annotated(args.dataset, args.data, splits, args.classes, masks=masks,
+                         keypoints=keypoints)
     for i in np.random.default_rng(args.seed).permutation(len(data))[:args.images].tolist():
         if args.data is None or args.dataset:
             yield data[i]
@@ -416,8 +417,8 @@ def detections(args, device):
         args.data = args.data or first["data"]
     if args.data and args.dataset == "scenes":
         raise InputError("detections of --data need --dataset voc or coco")
-    masks = first["masks"] and args.dataset != "voc"
-    items, found, rows = [*islice(pictures(args, masks), args.rows)], {}, []
+    more = [first[name] and args.dataset != "voc" for name in ("masks", "keypoints")]
+    items, found, rows = [*islice(pictures(args, *more), args.rows)], {}, []
     for label, path in zip(args.labels, args.weights):
         own = dict(tuned[path]["args"] if path in tuned else first, weights="none", seed=args.seed)
         if own["classes"] != args.classes:

@@ -2,7 +2,8 @@
 
 An item of a data set is an image (3, H, W) uint8 and a dict: boxes (n, 4), x1 y1 x2 y2 in the
 image's pixels; labels (n,), from 0; ignore (n,) bool; but for the scenes, area (n,) in pixels^2;
-and where they are asked for, masks (n, H, W) bool.  Whatever is wrong with a folder is an
+and where they are asked for, masks (n, H, W) bool, and keypoints (n, 17, 3), x y of the pixel and
+visibility, 0 if it is not labelled, as COCO's.  Whatever is wrong with a folder is an
 InputError that names the file, before training wherever it can be known before.
 """
 import codecs
@@ -31,26 +32,36 @@ VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningt
 # What the papers train and test on (DUPR, 4.1.1 and 4.2.1)
 TRAIN_SPLITS = {"voc": ["2007/trainval", "2012/trainval"], "coco": ["train2017"]}
 TEST_SPLITS = {"voc": ["2007/test"], "coco": ["val2017"]}
+# COCO's, of a person; in a mirrored image left and right are exchanged
+KEYPOINTS = ["nose", *(f"{side}_{part}" for part in "eye ear shoulder elbow wrist hip knee "
+                       "ankle".split() for side in ("left", "right"))]
+MIRRORED = [0, *(i + 1 if i % 2 else i - 1 for i in range(1, 17))]
 
 
 class LabelledScenes(Dataset):
-    """``n`` of the built-in scenes with their boxes, and masks if asked for.
+    """``n`` of the built-in scenes with their boxes, and if asked for masks, and keypoints: the
+    corners of stars and triangles in the place of nose, shoulders and hips.
 
     The seeds of training (1) and test (2) scenes differ from each other and from pre-training's.
     """
 
-    def __init__(self, n, seed, masks=False):
+    def __init__(self, n, seed, masks=False, keypoints=False):
         from scenes import CLASSES, Scenes
         self.scenes, self.classes = Scenes(n, size=96, seed=seed, cache=True), [*CLASSES]
-        self.masks = masks
+        self.masks, self.keypoints = masks, keypoints
 
     def __len__(self):
         return len(self.scenes)
 
     def __getitem__(self, index):
-        image, boxes, labels, masks = self.scenes.labelled(index)
+        image, boxes, labels, masks, corners = self.scenes.labelled(index)
         truth = dict(boxes=boxes, labels=labels, ignore=torch.zeros_like(labels).bool())
-        return image, {**truth, "masks": masks} if self.masks else truth
+        if self.masks:
+            truth["masks"] = masks
+        if self.keypoints:
+            truth["keypoints"] = torch.zeros(len(labels), 17, 3)
+            truth["keypoints"][:, [0, 5, 6, 11, 12]] = corners - torch.tensor([0.5, 0.5, 0])
+        return image, truth
 
 
 class Object(NamedTuple):
@@ -61,6 +72,7 @@ class Object(NamedTuple):
     area: float  # in pixels^2; COCO's is of the segment
     segment: bytes | None = None  # COCO's id and segmentation as JSON, if masks are read: a list
     #                               of numbers takes several times the memory
+    keypoints: list | None = None  # x y visibility of each of the 17 in turn, if these are read
 
 
 class AnnotatedFile(NamedTuple):
@@ -192,17 +204,20 @@ def _read_xml(path):
     return written, size, objects
 
 
-def read_coco(root, split, masks=False):
+def read_coco(root, split, masks=False, keypoints=False):
     """A split in COCO's layout -> its classes, by category id, and a list of AnnotatedFile.
 
-    split: NAME, images in root/NAME, annotations in root/annotations/instances_NAME.json; or
-    FILE.json:FOLDER, both in root.  masks: whether segments are read.
+    split: NAME, images in root/NAME, annotations in root/annotations/instances_NAME.json, or with
+    keypoints person_keypoints_NAME.json; or FILE.json:FOLDER, both in root.  masks, keypoints:
+    whether these are read.
     Raises InputError: no such file, one that does not parse, an annotation of no known image or
-    category or without a box, ids or names that occur twice; what cannot be a segmentation.
+    category or without a box, ids or names that occur twice; what cannot be a segmentation; other
+    keypoints than a person's.
     """
     name, _, folder = split.partition(":")
     if not folder:
-        name, folder = f"annotations/instances_{split}.json", split
+        kind = "person_keypoints" if keypoints else "instances"
+        name, folder = f"annotations/{kind}_{split}.json", split
     path, files, names, entry = os.path.join(root, name), {}, {}, None
     try:
         with open(path, "rb") as file:  # json finds out which encoding it is
@@ -218,9 +233,7 @@ def read_coco(root, split, masks=False):
                 os.path.normpath(os.path.join(root, folder, name)),
                 _declared(entry.get("width"), entry.get("height")), f"{path}, {name}", [])
         for entry in categories:
-            names[entry["id"]] = "" if entry["name"] is None else str(entry["name"]).strip()
-            if not names[entry["id"]]:
-                raise ValueError("a category without a name")
+            names[entry["id"]] = _category(entry, keypoints)
         for entry in annotations:
             image, category = entry["image_id"], entry["category_id"]
             if image not in files or category not in names:
@@ -235,7 +248,8 @@ def read_coco(root, split, masks=False):
             files[image].objects.append(Object(names[category], (x, y, x + w, y + h),
                                                _flag(entry.get("iscrowd")),
                                                _area(entry.get("area"), w * h),
-                                               _segment(entry) if masks else None))
+                                               _segment(entry) if masks else None,
+                                               _keypoints(entry) if keypoints else None))
         entry = None
         classes = [names[i] for i in sorted(names)]
     except OSError:
@@ -248,6 +262,17 @@ def read_coco(root, split, masks=False):
     _only_once([file.path for file in files.values()], f"{path}: two images are")
     _only_once(classes, f"{path}: two categories have the name")
     return classes, [*files.values()]
+
+
+def _category(entry, keypoints):
+    """A category's name.  Raises ValueError: none, or, if keypoints are read, others than COCO's.
+    """
+    name = "" if entry["name"] is None else str(entry["name"]).strip()
+    if not name:
+        raise ValueError("a category without a name")
+    if keypoints and entry.get("keypoints") != KEYPOINTS:
+        raise ValueError(f"{name} has not COCO's 17 keypoints, nose to right_ankle")
+    return name
 
 
 def _segment(entry):
@@ -263,6 +288,15 @@ def _segment(entry):
                                {"size", "counts"} <= {*segmentation}):
         raise ValueError(f"annotation {name}: its segmentation is neither polygons nor runs")
     return json.dumps([name, segmentation]).encode() if segmentation else None
+
+
+def _keypoints(entry):
+    """The 51 numbers of an annotation's keypoints, 0 if it has none.  Raises ValueError for others.
+    """
+    values = [*map(float, entry.get("keypoints") or [0] * 51)]
+    if len(values) != 51 or not all(map(math.isfinite, values)):
+        raise ValueError(f"annotation {entry.get('id')}: its keypoints are not 17 x y visibility")
+    return values
 
 
 def _json_object(pairs):
@@ -286,16 +320,16 @@ def _area(value, default):
         return default
 
 
-def read_splits(dataset, root, splits, classes=None, masks=False):
+def read_splits(dataset, root, splits, classes=None, masks=False, keypoints=False):
     """Splits in VOC's or COCO's layout (``dataset``: voc or coco), one after the other -> the
     classes that may occur (by default the splits' own), and a list of AnnotatedFile.
 
-    masks: whether COCO's segments are read; VOC's files have none.
+    masks, keypoints: whether COCO's are read; VOC's files have none.
     Raises InputError: whatever is wrong with a file, with its name; no image, or one that occurs
     twice; boxes that are fractions of their image.
     """
-    parts = [read_voc(root, split) if dataset == "voc" else read_coco(root, split, masks)
-             for split in splits]
+    parts = [read_voc(root, split) if dataset == "voc" else
+             read_coco(root, split, masks, keypoints) for split in splits]
     files = [file for part in parts for file in part[1]]
     classes = classes or list(dict.fromkeys(name for part in parts for name in part[0]))
     if not files or not classes:
@@ -379,15 +413,16 @@ class Annotated(ImageFiles):
     training: `difficult` objects count as any other, boxes end at their image's border, images
     without a box to train on are left out unless keep_empty, and the next image takes the place of
     one that cannot be decoded; in a test that is an error.
-    masks: of COCO: items also have masks, and objects without a segmentation are left out.
+    masks, keypoints: of COCO: items also have these.  Objects without a segmentation are left out,
+    and in training images without a labelled keypoint, with those without a box.
     ``sizes``: width and height of each image.  Prints what there is, and what was left out.
     Raises InputError: as read_splits; a box that is not of its image as it is; no box to train on,
     or none to find in the test.
     """
 
     def __init__(self, dataset, root, splits, classes=None, training=False, fraction=1, seed=0,
-                 keep_empty=False, masks=False):
-        self.classes, files = read_splits(dataset, root, splits, classes, masks)
+                 keep_empty=False, masks=False, keypoints=False):
+        self.classes, files = read_splits(dataset, root, splits, classes, masks, keypoints)
         order = np.random.default_rng(seed).permutation(len(files))
         files = [files[i] for i in sorted(order[:round(fraction * len(files))])]
         if not files:
@@ -397,7 +432,7 @@ class Annotated(ImageFiles):
         self.training, self.sizes = training, []
         self.ignored = {"voc": "difficult", "coco": "crowds"}[dataset]
 
-        rows, segments, self.ends, odd = [], [], [0], defaultdict(list)
+        rows, segments, points, self.ends, odd = [], [], [], [0], defaultdict(list)
         for file in files:
             size, orientation = self._size(file)
             self.sizes.append(size)
@@ -407,7 +442,7 @@ class Annotated(ImageFiles):
                 odd["resized"].append(file.source)
             if len({(thing.name, thing.box) for thing in file.objects}) < len(file.objects):
                 odd["repeated"].append(file.source)
-            for name, box, ignore, area, segment in file.objects:
+            for name, box, ignore, area, segment, keypoint in file.objects:
                 if masks and segment is None:
                     odd["unsegmented"].append(file.source)
                     continue
@@ -432,11 +467,13 @@ class Annotated(ImageFiles):
                 rows.append((*(clipped if training else box), area, self.classes.index(name),
                              ignore, len(rows)))
                 segments.append(segment or b"")
+                points.append(keypoint)
             self.ends.append(len(rows))  # image i has the rows from ends[i] to ends[i + 1]
         self.rows = torch.tensor(rows, dtype=torch.float64).reshape(-1, 8)
         # one block of bytes: workers that read parts of it do not copy it, as they would a list
         self.segments = b"".join(segments) if masks else None
         self.segment_ends = np.cumsum([0, *map(len, segments)])
+        self.keypoints = torch.tensor(points).view(-1, 17, 3) if keypoints else None
         self._describe(" ".join(splits), odd)
         if training and not keep_empty:
             self._leave_out_empty(" ".join(splits))
@@ -444,12 +481,14 @@ class Annotated(ImageFiles):
 
     def _leave_out_empty(self, splits):
         """Leave out the images without a box, or with crowds alone, as detectron2 does
-        (DATALOADER.FILTER_EMPTY_ANNOTATIONS), and print how many these are."""
+        (DATALOADER.FILTER_EMPTY_ANNOTATIONS, and of keypoints MIN_KEYPOINTS_PER_IMAGE 1), and print
+        how many these are."""
         parts = [self.rows[start:end] for start, end in zip(self.ends, self.ends[1:])]
-        kept = [i for i, part in enumerate(parts) if (part[:, 6] == 0).any()]
-        empty = len(parts) - len(kept)
+        kept = [i for i, part in enumerate(parts) if (part[:, 6] == 0).any() and (
+            self.keypoints is None or (self.keypoints[part[:, 7].long(), :, 2] > 0).any())]
+        empty, what = len(parts) - len(kept), "box" if self.keypoints is None else "keypoint"
         if empty and rank() == 0:
-            print(f"{splits}: {empty} images without a box to train on left out; --keep-empty "
+            print(f"{splits}: {empty} images without a {what} to train on left out; --keep-empty "
                   "trains on them", flush=True)
         super().__init__([self.paths[i] for i in kept])
         self.sizes = [self.sizes[i] for i in kept]
@@ -534,6 +573,8 @@ class Annotated(ImageFiles):
             masks = [self._mask(number, self.paths[i], height, width)
                      for number in rows[:, 7].long().tolist()]
             truth["masks"] = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
+        if self.keypoints is not None:
+            truth["keypoints"] = self.keypoints[rows[:, 7].long()]
         return image, truth
 
     def _mask(self, number, path, height, width):
@@ -562,7 +603,8 @@ class Annotated(ImageFiles):
 def training_item(item):
     """Flip an item with p 0.5 and leave out what is to be ignored -> the image (3, H, W) uint8, and
     torchvision's dict of targets: boxes (n, 4) float32, labels (n,) from 1, as 0 is background;
-    and, if the item has masks, bitmasks (n, H, W) bool."""
+    and, if the item has these, bitmasks (n, H, W) bool, and keypoints (n, 17, 3), x y now in the
+    pixel's middle (detectron2, data/datasets/coco.py), left and right exchanged by a flip."""
     image, truth = item
     boxes, kept, flipped = truth["boxes"].float(), ~truth["ignore"], torch.rand(()) < 0.5
     if flipped:
@@ -572,4 +614,9 @@ def training_item(item):
     if "masks" in truth:
         masks = truth["masks"][kept]
         target["bitmasks"] = masks.flip(-1) if flipped else masks
+    if "keypoints" in truth:
+        x, y, visible = truth["keypoints"][kept].float().unbind(-1)  # (n, 17) each
+        x = image.shape[-1] - (x + 0.5) if flipped else x + 0.5
+        keypoints = torch.stack([x, y + 0.5, visible], dim=-1)
+        target["keypoints"] = keypoints[:, MIRRORED] if flipped else keypoints
     return image, target

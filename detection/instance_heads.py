@@ -1,7 +1,8 @@
-"""What Mask R-CNN (He et al., arXiv 1703.06870) adds to Faster R-CNN for each object: a mask.
+"""What Mask R-CNN (He et al., arXiv 1703.06870) adds to Faster R-CNN for each object: a mask, or a
+person's keypoints (Sec. 5 there).
 
 The layers are torchvision's, drawn as in detectron2; targets, losses and what becomes of the
-outputs are detectron2's (modeling/roi_heads/mask_head.py).
+outputs are detectron2's (modeling/roi_heads/mask_head.py and keypoint_head.py).
 Letters: N RoIs, S side of an output in cells, K classes.
 """
 import math
@@ -9,7 +10,9 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.models.detection.keypoint_rcnn import KeypointRCNNHeads, KeypointRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import keypointrcnn_inference
 from torchvision.ops import roi_align
 
 
@@ -72,3 +75,23 @@ def paste_masks(probabilities, boxes, height, width):
             found = F.grid_sample(values[None, None], grid[None], align_corners=False)[0, 0]
             mask[y[0]:y[-1] + 1, x[0]:x[-1] + 1] = found >= 0.5
         yield mask
+
+
+def keypoint_layers(channels, width):
+    """The keypoint head, eight convolutions of ``width`` channels, and the predictor: RoIs (N,
+    channels, 14, 14) -> a heat map of each keypoint's place (N, 17, 56, 56), logits.
+
+    Drawn by torchvision as in detectron2's KRCNNConvDeconvUpsampleHead.  The loss is torchvision's
+    keypointrcnn_loss: cross entropy over a map's cells, the mean over the labelled keypoints within
+    their RoIs (NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS).
+    """
+    return KeypointRCNNHeads(channels, [width] * 8), KeypointRCNNPredictor(width, 17)
+
+
+def find_keypoints(maps, boxes):
+    """Heat maps (N, 17, 56, 56) of the boxes (n, 4) of each image -> a list of (n, 17, 3): x, y in
+    the boxes' pixels, and the share of the map's softmax in its best place, as in detectron2."""
+    points, best = (torch.cat(parts) for parts in keypointrcnn_inference(maps, boxes))
+    share = (best - maps.flatten(2).logsumexp(dim=2)).exp()  # (N, 17)
+    points = torch.cat([points[:, :, :2], share[:, :, None]], dim=2)
+    return points.split([len(b) for b in boxes])

@@ -1,6 +1,7 @@
 """The detectors that MoCo, DetCo and DUPR fine-tune, as detectron2 computes them.
 
-Faster R-CNN (Ren et al., arXiv 1506.01497) and Mask R-CNN, in two kinds each, and RetinaNet.
+Faster R-CNN (Ren et al., arXiv 1506.01497) and Mask R-CNN, in two kinds each, Keypoint R-CNN and
+RetinaNet.
 
 `c4`: the RPN on Res4, Res5 as the box head with one more batch norm after it (MoCo, appendix).
 `fpn`: on a feature pyramid (Lin et al., arXiv 1612.03144) with batch norm in it.
@@ -28,7 +29,8 @@ from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from common import InputError, PyramidRoIAlign, ResNetStages, backbone_stages, rank
 from detection.anchors import Anchors
-from detection.instance_heads import crop_masks, mask_layers, mask_loss, paste_masks
+from detection.instance_heads import (crop_masks, find_keypoints, keypoint_layers, mask_layers,
+                                      mask_loss, paste_masks)
 from detection.masks import to_runs
 from detection.retinanet import PyramidFromP3, RetinaNet, pyramid_parts
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
@@ -57,34 +59,36 @@ class RPN(rpn.RegionProposalNetwork):
         return cross_entropy / number, distance / number
 
 
-def box_head_losses(logits, deltas, labels, targets):
+def box_head_losses(logits, deltas, labels, targets, beta=0.0):
     """Cross entropy of all sampled RoIs, L1 distance of the deltas of those that are objects: means
     over all (detectron2's modeling/roi_heads/fast_rcnn.py).
 
     logits: (N, K + 1); deltas: (N, 4 (K + 1)), of each class; labels: (N,), 0 is background;
-    targets: (N, 4).  Returns two scalars.
+    targets: (N, 4).  beta: the distance below which it is a square, d^2 / (2 beta), and above it
+    less by beta / 2.  Returns two scalars.
     """
     objects = (labels > 0).nonzero().squeeze(1)
     deltas = deltas.unflatten(1, (-1, 4))[objects, labels[objects]]  # (objects, 4)
-    distance = F.l1_loss(deltas, targets[objects], reduction="sum") / max(1, len(labels))
+    distance = F.smooth_l1_loss(deltas, targets[objects], reduction="sum", beta=beta)
+    distance = distance / max(1, len(labels))
     return F.cross_entropy(logits, labels), distance
 
 
 class RoIHeads(roi_heads.RoIHeads):
     """torchvision's box head and what samples for it, with detectron2's loss; and, with a
-    mask_predictor, the masks of objects.
+    mask_predictor or a keypoint_predictor, the masks or keypoints of objects.
 
-    object_pool: RoI Align for these; None: they are made of the box head's RoIs after its first two
-    layers, C4's Res5 and its norm, as in detectron2's Res5ROIHeads.
+    object_pool: RoI Align for these; None: masks are made of the box head's RoIs after its first
+    two layers, C4's Res5 and its norm, as in detectron2's Res5ROIHeads.  beta: of box_head_losses.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, beta=0.0, **kwargs):
         super().__init__(*args, **kwargs)
-        self.object_pool = None
+        self.object_pool, self.beta = None, beta
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """torchvision's, in training up to the losses of this file.  In eval mode, with a mask
-        head, the dicts also have mask_probabilities (n, S, S)."""
+        """torchvision's, in training up to the losses of this file.  In eval mode the dicts also
+        have mask_probabilities (n, S, S), and keypoints as find_keypoints gives them."""
         if not self.training:
             found, losses = super().forward(features, proposals, image_shapes)
             self._add_objects(features, found)
@@ -97,14 +101,16 @@ class RoIHeads(roi_heads.RoIHeads):
         else:
             h = self.box_head(regions)
         classifier, box = box_head_losses(*self.box_predictor(h), torch.cat(labels),
-                                          torch.cat(deltas))
+                                          torch.cat(deltas), self.beta)
         losses = dict(loss_classifier=classifier, loss_box_reg=box)
         positive = [label > 0 for label in labels]  # the RoIs that are objects
+        boxes, objects, labels = ([part[chosen] for part, chosen in zip(parts, positive)]
+                                  for parts in (proposals, objects, labels))
+        if self._shares_regions():
+            regions = regions[torch.cat(positive)]
+        elif self.object_pool is not None:
+            regions = self.object_pool(features, boxes)
         if self.mask_predictor is not None:
-            boxes, objects, labels = ([part[chosen] for part, chosen in zip(parts, positive)]
-                                      for parts in (proposals, objects, labels))
-            regions = (regions[torch.cat(positive)] if self._shares_regions() else
-                       self.object_pool(features, boxes))
             logits = self.mask_logits(regions)
             # from the masks as they were drawn: resized with the image, each pixel of them would
             # be the nearest one
@@ -113,6 +119,10 @@ class RoIHeads(roi_heads.RoIHeads):
                                 logits.shape[-1])
                      for target, box, shape, number in zip(targets, boxes, image_shapes, objects)]
             losses["loss_mask"] = mask_loss(logits, torch.cat(labels), torch.cat(crops))
+        if self.keypoint_predictor is not None:
+            maps = self.keypoint_predictor(self.keypoint_head(regions))
+            losses["loss_keypoint"] = roi_heads.keypointrcnn_loss(
+                maps.contiguous(), boxes, [target["keypoints"] for target in targets], objects)
         return [], losses
 
     def _shares_regions(self):
@@ -124,17 +134,20 @@ class RoIHeads(roi_heads.RoIHeads):
 
     def _add_objects(self, features, found):
         """Add to the dicts of each image's detections what there is of each object."""
-        if self.mask_predictor is None:
-            return
         boxes, labels = ([f[name] for f in found] for name in ("boxes", "labels"))
         if self._shares_regions():
             regions = self.box_head[:2](self.box_roi_pool(features, boxes))
-        else:
+        elif self.object_pool is not None:
             regions = self.object_pool(features, boxes)
-        logits, labels = self.mask_logits(regions), torch.cat(labels)
-        own = logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()
-        for f, probabilities in zip(found, own.split([len(box) for box in boxes])):
-            f["mask_probabilities"] = probabilities
+        if self.mask_predictor is not None:
+            logits, labels = self.mask_logits(regions), torch.cat(labels)
+            own = logits[torch.arange(len(labels), device=labels.device), labels].sigmoid()
+            for f, probabilities in zip(found, own.split([len(box) for box in boxes])):
+                f["mask_probabilities"] = probabilities
+        if self.keypoint_predictor is not None:
+            maps = self.keypoint_predictor(self.keypoint_head(regions))
+            for f, keypoints in zip(found, find_keypoints(maps, boxes)):
+                f["keypoints"] = keypoints
 
 
 class Pyramid(nn.Module):
@@ -179,23 +192,29 @@ def _fpn_parts(stages, channels, sizes, box_head):
             PyramidRoIAlign(7, strides[:4]), box_head, 1024)
 
 
-def _add_mask_head(heads, detector, channels, num_classes, box_head):
-    """Add Mask R-CNN's head to RoIHeads.  channels: of the FPN, or of C4's Res5."""
-    if detector == "c4":
+def _add_object_heads(heads, detector, channels, num_classes, masks, keypoints, box_head):
+    """Add the heads of masks or keypoints to RoIHeads.  channels: of the FPN, or of C4's Res5."""
+    if detector == "fpn" and (masks or keypoints):
+        heads.object_pool = PyramidRoIAlign(14, heads.box_roi_pool.strides)
+    if masks and detector == "c4":
         heads.mask_head, heads.mask_predictor = mask_layers(channels, 256, num_classes, 0, None)
-        return
-    # Paper silent: batch norm where SoCo's box head has it, as in its R_50_FPN_1x.yaml, and none
-    # otherwise, as in detectron2's configurations: MoCo (Sec. 4.2) has it "in the newly initialized
-    # layers (e.g., FPN)", but no published configuration for it
-    norm = nn.BatchNorm2d if box_head == "4conv1fc" else None
-    heads.object_pool = PyramidRoIAlign(14, heads.box_roi_pool.strides)
-    heads.mask_head, heads.mask_predictor = mask_layers(channels, channels, num_classes, 4, norm)
+    elif masks:
+        # Paper silent: batch norm where SoCo's box head has it, as in its R_50_FPN_1x.yaml, and
+        # none otherwise, as in detectron2's configurations: MoCo (Sec. 4.2) has it "in the newly
+        # initialized layers (e.g., FPN)", but no published configuration for it
+        norm = nn.BatchNorm2d if box_head == "4conv1fc" else None
+        heads.mask_head, heads.mask_predictor = mask_layers(channels, channels, num_classes, 4,
+                                                            norm)
+    if keypoints:  # detectron2's have 512 channels on an FPN of 256
+        heads.keypoint_head, heads.keypoint_predictor = keypoint_layers(channels, 2 * channels)
 
 
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
-                   mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False):
-    """Faster R-CNN or, with ``masks``, Mask R-CNN, "fpn" or "c4"; or "retinanet"; all trainable.
+                   mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False,
+                   keypoints=False):
+    """Faster R-CNN or, with ``masks``, Mask R-CNN, "fpn" or "c4", or with ``keypoints`` Keypoint
+    R-CNN, "fpn"; or "retinanet"; all trainable.
 
     num_classes: without the background.  weights: a file for load_backbone, or "none"; unless
     backbone_only, an FPN and a box head under this detector's names are loaded from it too.
@@ -204,12 +223,14 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     In training it takes lists of images (3, H, W) float 0..1 and of targets, and returns a dict of
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
     With masks, targets also have bitmasks (n, H, W) bool, and the dicts mask_probabilities
-    (n, S, S), S = 28 of the FPN, 14 of C4.
-    Raises InputError: C4 of another backbone than a ResNet, weights that do not fit.
+    (n, S, S), S = 28 of the FPN, 14 of C4; with keypoints both have keypoints (n, 17, 3).
+    Raises InputError: C4 of no ResNet, or with keypoints; weights that do not fit.
     """
     stages = backbone_stages(arch)
     if detector == "c4" and not isinstance(stages, ResNetStages):
         raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
+    if detector == "c4" and keypoints:
+        raise InputError("--keypoints needs --detector fpn")
     rest = load_backbone(stages, weights) if weights != "none" else {}
     rest = {} if backbone_only else rest
     if detector == "retinanet":
@@ -228,6 +249,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
             box_head = "4conv1fc"
         backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
         before_nms, after_nms, divisor = dict(training=2000, testing=1000), 1000, 32  # of a level
+        if keypoints:  # Base-Keypoint-RCNN-FPN.yaml, also of beta
+            after_nms = 1500
     after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
     proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
                     fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
@@ -238,10 +261,9 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     heads = RoIHeads(pool, head, box_predictor(width, num_classes), fg_iou_thresh=0.5,
                      bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
                      bbox_reg_weights=(10.0, 10.0, 5.0, 5.0), score_thresh=0.05, nms_thresh=0.5,
-                     detections_per_img=100)
-    if masks:
-        _add_mask_head(heads, detector, fpn_channels if detector == "fpn" else width, num_classes,
-                       box_head)
+                     detections_per_img=100, beta=0.5 if keypoints else 0.0)
+    _add_object_heads(heads, detector, fpn_channels if detector == "fpn" else width, num_classes,
+                      masks, keypoints, box_head)
     # Differs: an image's sides are rounded down when it is resized, and it is not smoothed before
     # it is made smaller; detectron2 rounds to the next pixel, and PIL smooths
     transform = GeneralizedRCNNTransform(tuple(min_size), max_size, list(mean), list(std),
@@ -250,8 +272,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     if detector == "fpn":
         load_part(model.backbone.fpn, "backbone.fpn.", rest, weights)
         load_part(model.roi_heads.box_head, "roi_heads.box_head.", rest, weights)
-    return in_float32(model, model.rpn.head, heads.box_predictor,
-                      *([heads.mask_predictor] if masks else []))
+    predictors = heads.box_predictor, heads.mask_predictor, heads.keypoint_predictor
+    return in_float32(model, model.rpn.head, *filter(None, predictors))
 
 
 def box_predictor(width, num_classes):
@@ -307,6 +329,7 @@ def load_fine_tuned(path):
     saved = load_checkpoint(path)
     if not isinstance(saved, dict) or saved.get("method") != "finetune_fasterrcnn":
         raise InputError(f"{path} is no checkpoint of finetune_fasterrcnn")
+    saved["args"] = {"masks": False, "keypoints": False, **saved["args"]}  # new flags
     return saved
 
 
@@ -315,7 +338,8 @@ def detector_from_args(args):
     torch.manual_seed(args.seed)
     return build_detector(args.arch, len(args.classes), args.detector, args.fpn_channels,
                           args.min_size, args.max_size, args.anchor_size, args.rois, args.weights,
-                          args.box_head, args.mean, args.std, args.backbone_only, args.masks)
+                          args.box_head, args.mean, args.std, args.backbone_only, args.masks,
+                          args.keypoints)
 
 
 def restore(model, saved, path):
@@ -330,8 +354,9 @@ def restore(model, saved, path):
 @torch.no_grad()
 def detect(model, images, device):
     """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), and
-    with masks size (H, W) and runs, a list of n, as masks.to_runs gives them; on the CPU; best
-    first.  One by one: a batch's padding would depend on who shares it."""
+    with masks size (H, W) and runs, a list of n, as masks.to_runs gives them; with keypoints these,
+    (n, 17, 3), in pixels that count from 0 as COCO's; on the CPU; best first.  One by one: a
+    batch's padding would depend on who shares it."""
     found = []
     for image in images:
         f = model([image.to(device, non_blocking=True).float() / 255])[0]
@@ -341,6 +366,8 @@ def detect(model, images, device):
             size = tuple(image.shape[1:])
             found[-1].update(size=size, runs=[*map(to_runs, paste_masks(
                 f["mask_probabilities"], f["boxes"], *size))])
+        if "keypoints" in f:  # of a pixel the middle is found, and its number told
+            found[-1]["keypoints"] = f["keypoints"] - torch.tensor([0.5, 0.5, 0])
     return found
 
 
@@ -361,8 +388,14 @@ def training_bytes(model, images, height, width, rois):
     heads, channels = model.roi_heads, maps[0].shape[1]
     size = heads.box_roi_pool.size
     heads.box_head(torch.empty(images * rois, channels, size, size, device="meta"))
-    if heads.mask_predictor is not None:  # of a quarter of the RoIs, those that may be objects
-        channels = heads.mask_predictor.conv5_mask.in_channels if not heads.mask_head else channels
-        size = heads.object_pool.size if heads.object_pool else size // 2
-        heads.mask_logits(torch.empty(images * rois // 4, channels, size, size, device="meta"))
+    if heads.object_pool is not None:
+        size = heads.object_pool.size
+    elif heads.mask_predictor is not None:  # Res5's output
+        channels, size = heads.mask_predictor.conv5_mask.in_channels, size // 2
+    # a quarter of the RoIs may be objects
+    regions = torch.empty(images * rois // 4, channels, size, size, device="meta")
+    if heads.mask_predictor is not None:
+        heads.mask_logits(regions)
+    if heads.keypoint_predictor is not None:
+        heads.keypoint_predictor(heads.keypoint_head(regions))
     return sum(total) + 12 * sum(p.numel() for p in model.parameters())

@@ -208,6 +208,14 @@ def fill(ax, masks, colours):
         ax.imshow(layer.numpy(), extent=(0, width, height, 0), interpolation="nearest")
 
 
+def dots(ax, keypoints, colours):
+    """Draw keypoints (n, K, 3), x y of pixels and how sure they are, each object's in its colour;
+    those of 0.05 or less are left out (detectron2, utils/visualizer.py)."""
+    for points, colour in zip(keypoints, colours):
+        x, y, _ = points[points[:, 2] > 0.05].T + 0.5
+        ax.scatter(x, y, 12, colour, edgecolors="white", linewidths=0.5)
+
+
 def mark_places(ax, box, flipped, side):
     """Divide a box x1 y1 x2 y2 into side x side places, mirrored if it is flipped, and colour one
     in side + 2: the same places in every box."""
@@ -241,5 +249,7 @@ def draw_detections(items, found, classes, score=0.3):
             if "masks" in objects:
                 fill(ax, torch.as_tensor(objects["masks"])[best], colours)
             outline(ax, objects["boxes"][best].tolist(), colours, names)
+            if "keypoints" in objects:
+                dots(ax, objects["keypoints"][best], colours)
         row[0].set_title(title, loc="left")
     return figure

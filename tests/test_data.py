@@ -14,8 +14,8 @@ from PIL import Image
 
 from common import InputError
 from detection.average_precision import coco_ap
-from detection.data import (TRAIN_SPLITS, VOC_CLASSES, Annotated, LabelledScenes, read_coco,
-                            read_voc, training_item)
+from detection.data import (KEYPOINTS, TRAIN_SPLITS, VOC_CLASSES, Annotated, LabelledScenes,
+                            read_coco, read_voc, training_item)
 
 XML = """<annotation><size><width>80</width><height>60</height></size>{}</annotation>"""
 OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
@@ -50,8 +50,9 @@ def test_voc_boxes_are_one_based_and_inclusive(tmp_path, inner, split, capsys):
                                 [], [("cat", 0, 7, 7, 7, 20)]], split.rpartition("/")[2])
     file = read_voc(str(tmp_path), split)[1][0]
     assert file.size == (80, 60) and Path(file.source).name == "0000.xml"
-    assert file.objects == [("dog", (0, 0, 80, 60), False, 4800, None),
-                            ("cat", (10, 20, 30, 40), True, 400, None)]
+    assert file.objects == [("dog", (0, 0, 80, 60), False, 4800, None, None),
+                            ("cat", (10, 20, 30, 40), True, 400, None,
+                             None)]
     data = Annotated("voc", str(tmp_path), [split])
     image, truth = data[0]
     assert image.shape == (3, 60, 80) and image.dtype == torch.uint8
@@ -172,7 +173,7 @@ def test_coco_items(tmp_path, capsys):
     folder, content = make_coco(tmp_path)
     file = read_coco(str(folder), "some.json:photos")[1][0]
     assert file.size == (80, 60) and Path(file.path) == folder / "photos" / "0000.jpg"
-    assert file.objects[0] == ("bottle", (10, 10, 30, 40), False, 432.5, None)
+    assert file.objects[0] == ("bottle", (10, 10, 30, 40), False, 432.5, None, None)
     data = Annotated("coco", str(folder), ["some.json:photos"])
     said = capsys.readouterr().out
     assert "1 boxes without area left out, such as in some.json, 0001.jpg" in said
@@ -286,6 +287,83 @@ def test_a_segmentation_that_is_wrong_is_named(tmp_path):
         (folder / "some.json").write_text(json.dumps(content))
         with pytest.raises(InputError, match=f"photos/0000.jpg, annotation 2: {message}"):
             Annotated(*args, masks=True)[0]
+
+
+def add_keypoints(folder, content):
+    """Make persons of make_coco's objects: the first with 17 keypoints, the second with 3, a crowd,
+    and others without any."""
+    content["categories"] = [dict(id=1, name="person", keypoints=KEYPOINTS)]
+    rng = np.random.default_rng(0)
+    for entry, number in zip(content["annotations"], (17, 3, 0, None, 0, 0)):
+        entry["category_id"] = 1
+        if number is not None:
+            x, y, w, h = entry["bbox"]
+            points = np.zeros((17, 3), dtype=int)
+            points[:number] = np.stack([x + rng.random(number) * w, y + rng.random(number) * h,
+                                        rng.integers(1, 3, number)], axis=1)
+            entry.update(keypoints=points.ravel().tolist(), num_keypoints=number)
+    (folder / "some.json").write_text(json.dumps(content))
+
+
+def test_coco_keypoints(tmp_path, capsys):
+    """As COCO has them, also of the file that has COCO's name; in training without the images in
+    which none is labelled, but with persons without any beside others."""
+    folder, content = make_coco(tmp_path)
+    args = "coco", str(folder), ["some.json:photos"]
+    assert "bottle has not COCO's 17 keypoints" in error(*args, keypoints=True)
+    add_keypoints(folder, content)
+    (folder / "annotations").mkdir()
+    (folder / "annotations" / "person_keypoints_photos.json").write_text(json.dumps(content))
+    for split in ("some.json:photos", "photos"):
+        data = Annotated("coco", str(folder), [split], keypoints=True)
+        truths = [data[i][1]["keypoints"] for i in range(4)]
+        assert [truth.shape for truth in truths] == [(n, 17, 3) for n in (2, 2, 0, 1)]
+        for truth, entry in zip(truths[0], content["annotations"]):
+            assert truth.flatten().tolist() == entry["keypoints"]
+        assert not torch.cat(truths[1:]).any()
+    assert data.classes == ["person"]
+    capsys.readouterr()
+    train = Annotated(*args, training=True, keypoints=True)
+    assert [Path(path).name for path in train.paths] == ["0000.jpg"]
+    assert "3 images without a keypoint to train on left out" in capsys.readouterr().out
+    assert torch.equal(train[0][1]["keypoints"], truths[0])
+    assert len(Annotated(*args, training=True, keypoints=True, keep_empty=True)) == 4
+    for wrong in ([1, 2, 1], [0] * 50 + [math.nan], [0] * 54):
+        content["annotations"][1]["keypoints"] = wrong
+        (folder / "some.json").write_text(json.dumps(content))
+        assert "annotation 2: its keypoints are not 17 x y visibility" in error(
+            *args, keypoints=True)
+        Annotated(*args)
+    content["categories"][0]["keypoints"] = KEYPOINTS[:4]
+    (folder / "some.json").write_text(json.dumps(content))
+    assert "person has not COCO's 17 keypoints, nose to" in error(*args, keypoints=True)
+
+
+def test_flips_exchange_left_and_right_keypoints():
+    """A pixel of its own for each keypoint: in the mirrored image the left eye is on the pixel that
+    was the right one's."""
+    image = torch.zeros(3, 20, 30, dtype=torch.uint8)
+    points = torch.tensor([[k + 3, 19 - k, 1 + k % 2] for k in range(17)])
+    for k, (x, y, _) in enumerate(points.tolist()):
+        image[:, y, x] = 100 + k
+    item = image, dict(boxes=torch.tensor([[3.0, 2, 20, 20]] * 2), labels=torch.tensor([0, 0]),
+                       ignore=torch.tensor([True, False]),
+                       keypoints=torch.stack([0 * points, points]))
+    seen = set()
+    for seed in range(9):
+        torch.manual_seed(seed)
+        flipped, target = training_item(item)
+        mirrored = not torch.equal(flipped, image)
+        seen.add(mirrored)
+        assert target["keypoints"].shape == (1, 17, 3)
+        for name, (x, y, visible) in zip(KEYPOINTS, target["keypoints"][0].tolist()):
+            if mirrored and name != "nose":
+                side, part = name.split("_")
+                name = dict(left="right", right="left")[side] + "_" + part
+            k = KEYPOINTS.index(name)
+            assert x % 1 == y % 1 == 0.5  # the pixel's middle
+            assert flipped[0, int(y), int(x)] == 100 + k and visible == 1 + k % 2
+    assert seen == {False, True}
 
 
 def test_coco_ap_equals_pycocotools_on_the_file(tmp_path):
@@ -411,6 +489,21 @@ def test_flips_move_the_boxes_with_the_pixels():
         assert torch.equal(target["bitmasks"], flipped[:1] == 255)
         seen.add(x1)
     assert seen == {2, 18}
+
+
+def test_keypoints_of_scenes():
+    """Their corners, counted from the middle of pixel 0, as nose, shoulders and hips."""
+    data, seen = LabelledScenes(9, seed=3, keypoints=True), 0
+    for i in range(9):
+        _, _, labels, _, corners = data.scenes.labelled(i)
+        keypoints = data[i][1]["keypoints"]
+        assert keypoints.shape == (len(labels), 17, 3)
+        for k, name in enumerate("nose left_shoulder right_shoulder left_hip right_hip".split()):
+            found = keypoints[:, KEYPOINTS.index(name)]
+            assert torch.equal(found, corners[:, k] - torch.tensor([0.5, 0.5, 0]))
+            seen += int(found[:, 2].sum())
+        assert (keypoints[:, :, 2] > 0).sum() == corners[:, :, 2].sum()
+    assert seen > 9
 
 
 def test_a_detector_that_is_right_about_every_scene_gets_one():

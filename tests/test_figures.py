@@ -160,5 +160,12 @@ def test_the_picture_of_detections():
         assert colour.shape == (400, 600, 4) and (colour[:, 300:] == 0).all()
         assert colour[0, 0].tolist() == pytest.approx([*box.get_edgecolor()[:3], 0.5])
         assert [*layer.get_extent()] == [*image.get_extent()] == [0, 600, 400, 0]
+    points = torch.zeros(3, 17, 3)
+    points[:2, 0], points[0, 1] = torch.tensor([4.0, 5, 0.9]), torch.tensor([6.0, 7, 0.04])
+    dotted = draw_detections(items[:1], {"found": [dict(seen[0], keypoints=points)]},
+                             ["cat", "dog"], score=0.2)
+    assert not dotted.axes[0].collections
+    drawn = [dots.get_offsets().tolist() for dots in dotted.axes[1].collections]
+    assert drawn == [[[4.5, 5.5]]] * 2  # those that are sure, in the pixel's middle
     default = draw_detections(items, {"first": seen}, ["cat", "dog"])
     assert [len(axes.patches) for axes in default.axes] == [7, 0, 1, 1]  # 0.3 or more

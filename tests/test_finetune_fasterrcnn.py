@@ -10,7 +10,7 @@ import torch
 from conftest import DETECTOR, column, refusal, start_processes
 from PIL import Image
 from test_average_precision import NAMES
-from test_data import OBJECT, XML, add_masks, make_coco, make_voc
+from test_data import OBJECT, XML, add_keypoints, add_masks, make_coco, make_voc
 
 import finetune_fasterrcnn as ft
 from common import InputError, rank, world_size
@@ -97,6 +97,9 @@ class Oracle(torch.nn.Module):
             found.append(dict(boxes=boxes, labels=labels + 1, scores=scores))
             found[-1]["mask_probabilities"] = crop_masks(truth["masks"], boxes,
                                                          torch.arange(len(boxes)), 28).float()
+            if "keypoints" in truth:  # every other one is further to the right
+                found[-1]["keypoints"] = truth["keypoints"] + torch.tensor([0.5, 0.5, 0])
+                found[-1]["keypoints"][:, ::2, 0] += 9 * self.shift * scores[:, None]
         return found
 
 
@@ -110,8 +113,8 @@ def evaluate_everywhere(number, world, path):
     if world > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{path}/store{world}", rank=number, world_size=world)
-    data = LabelledScenes(23, seed=3, masks=True)
-    args = SimpleNamespace(batch_size=6, workers=0, dataset="voc", masks=True)
+    data = LabelledScenes(23, seed=3, masks=True, keypoints=True)
+    args = SimpleNamespace(batch_size=6, workers=0, dataset="voc", masks=True, keypoints=True)
     torch.manual_seed(number)  # statistics that differ between processes, as on CPUs
     oracle = Oracle(data)
     ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent(), lambda: None)
@@ -129,60 +132,77 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
     ap = json.loads(results["1-0.json"])
     assert 0.1 < ap["AP"] < 0.99 and 0.1 < ap["VOC07"]["AP"] < 0.99
     assert 0.1 < ap["masks"]["AP"] < 0.99 and ap["masks"]["AP"] != ap["AP"]
+    assert 0.1 < ap["keypoints"]["AP"] < 0.99
 
 
 def test_what_is_found_has_the_ap_of_pycocotools(tmp_path):
-    """Of boxes and masks, of an image's objects of all kinds of segmentations, a crowd among them;
+    """Of masks and keypoints, of all kinds of segmentations, a crowd, persons without keypoints;
     from what the detector finds, pasted, packed, gathered and unpacked."""
     coco = pytest.importorskip("pycocotools.coco")
     cocoeval = pytest.importorskip("pycocotools.cocoeval")
     mask_tools = pytest.importorskip("pycocotools.mask")
     folder, content = make_coco(tmp_path)
     add_masks(folder, content)
-    data = Annotated("coco", str(folder), ["some.json:photos"], masks=True)
+    add_keypoints(folder, content)
+    data = Annotated("coco", str(folder), ["some.json:photos"], masks=True, keypoints=True)
+    content["annotations"] = [entry for entry in content["annotations"]
+                              if entry["id"] not in (4, 5)]  # these have no mask
+    for entry in content["annotations"]:
+        entry.setdefault("num_keypoints", 0)
+    (folder / "some.json").write_text(json.dumps(content))
+    truth, seen = coco.COCO(folder / "some.json"), set()
     for n in range(8):  # by its random shift the oracle is more or less wrong
         torch.manual_seed(n)
-        oracle = Oracle(data).eval()
-        args = SimpleNamespace(batch_size=2, workers=0, dataset="coco", masks=True)
+        oracle, results = Oracle(data).eval(), []
+        args = SimpleNamespace(batch_size=2, workers=0, dataset="coco", masks=True, keypoints=True)
         ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent(), lambda: None)
-        content["annotations"] = [entry for entry in content["annotations"]
-                                  if entry["id"] not in (4, 5)]  # these have no mask
-        (folder / "some.json").write_text(json.dumps(content))
-        truth, results = coco.COCO(folder / "some.json"), []
         for i, image in enumerate(content["images"]):
-            found, = detect(oracle, [data[i][0]], "cpu")
-            for label, score, mask in zip(found["labels"], found["scores"],
-                                          Unpacked([found])[0]["masks"]):
-                runs = mask_tools.encode(np.asfortranarray(mask, dtype=np.uint8))
-                category = truth.getCatIds(catNms=[data.classes[label]])[0]
-                results.append(dict(image_id=image["id"], category_id=category, score=float(score),
-                                    segmentation=runs))
-        e = cocoeval.COCOeval(truth, truth.loadRes(results), "segm")
-        e.evaluate()
-        e.accumulate()
-        e.summarize()
-        want = dict(zip(("AP", "AP50", "AP75", "APs", "APm", "APl"), e.stats.tolist()))
-        assert {name: ap["masks"][name] for name in want} == pytest.approx(want, abs=1e-6)
-        assert ap["masks"]["AP"] > 0
+            found = Unpacked(detect(oracle, [data[i][0]], "cpu"))[0]
+            for (x1, y1, x2, y2), score, mask, keypoints in zip(
+                    found["boxes"].tolist(), found["scores"].tolist(), found["masks"],
+                    found["keypoints"]):
+                results.append(dict(image_id=image["id"], category_id=1, score=score,
+                                    bbox=[x1, y1, x2 - x1, y2 - y1],
+                                    keypoints=keypoints.flatten().tolist(),
+                                    segmentation=mask_tools.encode(np.asfortranarray(mask))))
+        for kind, task, names in (("masks", "segm", "AP AP50 AP75 APs APm APl"),
+                                  ("keypoints", "keypoints", "AP AP50 AP75 APm APl")):
+            rows = [{k: v for k, v in row.items() if k != "bbox" or task != "segm"}
+                    for row in results]  # the area is then the mask's
+            e = cocoeval.COCOeval(truth, truth.loadRes(rows), task)
+            e.evaluate()
+            e.accumulate()
+            e.summarize()
+            want = dict(zip(names.split(), e.stats.tolist()))
+            assert {name: ap[kind][name] for name in want} == pytest.approx(want, abs=1e-6)
+            seen.add((kind, want["AP"]))
+    assert len({ap for kind, ap in seen if kind == "masks"}) > 3 < len(
+        {ap for kind, ap in seen if kind == "keypoints"})
 
 
-def test_mask_rcnn_on_scenes(tmp_path, capsys):
-    """The boxes' and the masks' AP in ap.json and in print, with --eval-only too; no masks on VOC,
-    none that a Faster R-CNN can resume."""
-    words = [*DETECTOR[1:], "--masks", "--workers", "0", "--out", str(tmp_path / "run")]
+def test_masks_and_keypoints_on_scenes(tmp_path, capsys):
+    """The AP of each in ap.json and in print, with --eval-only too; none on VOC, none that a Faster
+    R-CNN can resume."""
+    words = [*DETECTOR[1:], "--masks", "--keypoints", "--workers", "0", "--out",
+             str(tmp_path / "run")]
     ft.main(words)
     out = capsys.readouterr().out
     for text in ("boxes by COCO's rules:  AP ", "masks by COCO's rules:  AP ", "  loss mask 0.",
-                 "masks, AP by class:  disc "):
+                 "masks, AP by class:  disc ", "keypoints by COCO's rules:  AP ",
+                 "  loss keypoint "):
         assert text in out
     path = tmp_path / "run" / "ap.json"
     ap = json.loads(path.read_text())
-    assert set(ap) == {*NAMES, "per_class", "masks"} and set(ap["masks"]) == {*NAMES, "per_class"}
+    assert set(ap) == {*NAMES, "per_class", "masks", "keypoints"}
+    assert set(ap["masks"]) == {*NAMES, "per_class"} == {*ap["keypoints"], "APs"}
     assert set(ap["masks"]["per_class"]) == set(LabelledScenes(1, seed=1).classes)
     ft.main(["--eval-only", str(tmp_path / "run" / "checkpoint.pt"), "--workers", "0"])
     assert json.loads((tmp_path / "run" / "eval" / "ap.json").read_text()) == ap
     assert "masks True (now None)" in refusal(ft.main, [w for w in words if w != "--masks"])
-    assert "boxes alone" in refusal(ft.main, ["--dataset", "voc", "--data", "x", "--masks"])
+    for flag in ("--masks", "--keypoints"):
+        assert "boxes alone" in refusal(ft.main, ["--dataset", "voc", "--data", "x", flag])
+    assert "--keypoints needs --detector fpn" in refusal(ft.main, ["--keypoints", "--detector",
+                                                                   "c4"])
 
 
 class Batches(Silent):

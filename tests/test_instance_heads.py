@@ -1,4 +1,4 @@
-"""Mask R-CNN's targets, loss and pasting against loops; its parts in the detectors."""
+"""Mask and Keypoint R-CNN's targets, losses and outputs against loops, and in the detectors."""
 import math
 
 import numpy as np
@@ -8,7 +8,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import paste_masks_in_image
 
 from detection.data import LabelledScenes, training_item
-from detection.instance_heads import crop_masks, mask_loss, paste_masks
+from detection.instance_heads import crop_masks, find_keypoints, mask_loss, paste_masks
 from detection.masks import Unpacked, to_mask
 from detection.models import build_detector, detect
 
@@ -190,14 +190,92 @@ def test_detections_have_masks_of_their_class(detector):
     assert found["masks"].shape == (0, 60, 80)
 
 
-def test_masks_of_no_object():
+def test_the_keypoint_loss_against_a_loop():
+    """Cross entropy of the cell that holds a keypoint among the 56 x 56 of its RoI: the mean over
+    those that are labelled and in their RoI; keypoints are resized with their image."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 6, **{**SMALL, "min_size": [64]}, keypoints=True).train()
+    heads, seen = model.roi_heads, {}
+    data, items = LabelledScenes(4, seed=3), []
+    for i in range(4):  # with keypoints in and near the box, a third of them not labelled
+        image, target = training_item(data[i])
+        low, high = target["boxes"][:, None].split(2, dim=2)
+        places = low + (high - low) * (1.4 * torch.rand(len(low), 17, 2) - 0.2)
+        visible = torch.randint(0, 3, (len(low), 17, 1))
+        items.append((image, dict(target, keypoints=torch.cat([places, visible], dim=2))))
+    select = heads.select_training_samples
+    heads.select_training_samples = lambda *inputs: seen.setdefault("samples", select(*inputs))
+    heads.keypoint_predictor.register_forward_hook(
+        lambda _module, _inputs, output: seen.update(maps=output))
+    losses = model([image / 255 for image, _ in items], [target for _, target in items])
+    proposals, objects, labels, _ = seen["samples"]
+    maps, n, total, counted, outside = seen["maps"].detach().double(), 0, 0.0, 0, 0
+    assert maps.shape[1:] == (17, 56, 56)
+    for i, (_, target) in enumerate(items):
+        for roi in range(len(labels[i])):
+            if labels[i][roi] == 0:
+                continue
+            x1, y1, x2, y2 = proposals[i][roi].tolist()
+            for k, (x, y, visible) in enumerate(target["keypoints"][objects[i][roi]].tolist()):
+                column = math.floor((x * 64 / 96 - x1) / (x2 - x1) * 56)
+                row = math.floor((y * 64 / 96 - y1) / (y2 - y1) * 56)
+                if visible and 0 <= row < 56 and 0 <= column < 56:
+                    total += (maps[n, k].exp().sum().log() - maps[n, k, row, column]).item()
+                    counted += 1
+                outside += visible and not (0 <= row < 56 and 0 <= column < 56)
+            n += 1
+    assert n == len(maps) and counted > 40 and outside > 5
+    assert losses["loss_keypoint"].item() == pytest.approx(total / counted, rel=1e-5)
+    sum(losses.values()).backward()
+    assert all(p.grad.any() for part in (heads.keypoint_head, heads.keypoint_predictor)
+               for p in part.parameters())
+
+
+def test_keypoints_are_where_their_maps_are_highest():
+    """In a box of 56 x 56 pixels a cell is a pixel, and its middle is told; in any other the best
+    place is looked for in its pixels."""
+    torch.manual_seed(0)
+    maps = torch.randn(3, 17, 56, 56)
+    boxes = [torch.tensor([[10.0, 20, 66, 76]]), torch.tensor([[0.5, 0.5, 112.5, 28.5]] * 2)]
+    one, two = find_keypoints(maps, boxes)
+    assert one.shape == (1, 17, 3) and two.shape == (2, 17, 3)
+    for k in range(17):
+        cell = int(maps[0, k].argmax())
+        share = math.exp(maps[0, k].max()) / maps[0, k].double().exp().sum().item()
+        assert one[0, k].tolist() == pytest.approx([10.5 + cell % 56, 20.5 + cell // 56, share])
+    peaks = torch.full((2, 17, 56, 56), -9.0)
+    rows, columns = torch.randint(2, 54, (2, 17)), torch.randint(2, 54, (2, 17))
+    for n in range(2):
+        for k in range(17):
+            peaks[n, k, rows[n, k], columns[n, k]] = 9
+    _, found = find_keypoints(torch.cat([maps[:1], peaks]), boxes)
+    assert ((found[..., 0] - 0.5 - 2 * (columns + 0.5)).abs() <= 1).all()
+    assert ((found[..., 1] - 0.5 - (rows + 0.5) / 2).abs() <= 0.5).all()
+
+
+def test_detections_have_keypoints_that_count_pixels_from_0():
+    """They are as COCO's annotations, of the image as it is: 0.5 less than the network's."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 1, **{**SMALL, "min_size": [48]}, keypoints=True).eval()
+    model.roi_heads.score_thresh, image = 0.0, torch.randint(0, 256, (3, 96, 96)).byte()
+    found, = detect(model, [image], "cpu")
+    inner = model([image / 255])[0]["keypoints"]  # resized to 96 pixels, by torchvision
+    assert found["keypoints"].shape == (len(found["boxes"]), 17, 3) and len(found["boxes"]) > 5
+    torch.testing.assert_close(found["keypoints"][..., :2] + 0.5, inner[..., :2])
+    low, high = found["boxes"][:, None].split(2, dim=2)
+    at = found["keypoints"][..., :2] + 0.5
+    assert ((low - 1 < at) & (at < high + 1)).all()
+
+
+def test_masks_and_keypoints_of_no_object():
     """Of an image without boxes, with --keep-empty: 0, and no parameter without a gradient."""
     torch.manual_seed(0)
     empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0).long(),
-                 bitmasks=torch.zeros(0, 96, 96).bool())
+                 bitmasks=torch.zeros(0, 96, 96).bool(), keypoints=torch.zeros(0, 17, 3))
     for detector in ("fpn", "c4"):
-        model = build_detector("resnet18", 6, detector, **SMALL, masks=True).train()
+        model = build_detector("resnet18", 6, detector, **SMALL, masks=True,
+                               keypoints=detector == "fpn").train()
         losses = model([torch.rand(3, 96, 96)] * 2, [empty] * 2)
-        assert losses["loss_mask"] == 0
+        assert losses["loss_mask"] == 0 == losses.get("loss_keypoint", 0)
         sum(losses.values()).backward()
         assert all(p.grad is not None for p in model.parameters())

@@ -107,12 +107,19 @@ TENSORS["fpn masks"] = {**TENSORS["fpn"], **MASKS,
                         "roi_heads.mask_head.deconv.weight": (256, 256, 2, 2)}
 for layer in (1, 2, 3, 4):
     add("fpn masks", f"roi_heads.mask_head.mask_fcn{layer}", (256, 256, 3, 3), False)
+TENSORS["fpn keypoints"] = {**TENSORS["fpn"],
+                            "roi_heads.keypoint_head.score_lowres.weight": (512, 17, 4, 4),
+                            "roi_heads.keypoint_head.score_lowres.bias": (17,)}
+for layer in range(1, 9):
+    add("fpn keypoints", f"roi_heads.keypoint_head.conv_fcn{layer}",
+        (512, 256 if layer == 1 else 512, 3, 3), False)
 
 LAYERS = {"rpn.head.conv.0.0": "proposal_generator.rpn_head.conv",
           "rpn.head.cls_logits": "proposal_generator.rpn_head.objectness_logits",
           "rpn.head.bbox_pred": "proposal_generator.rpn_head.anchor_deltas",
           "roi_heads.box_head.layer4": "roi_heads.layer4",
           "roi_heads.box_head.norm": "roi_heads.res5.norm",
+          "keypoint_predictor.kps_score_lowres": "keypoint_head.score_lowres",
           "mask_predictor.conv5_mask": "mask_head.deconv",
           "mask_predictor.mask_fcn_logits": "mask_head.predictor",
           "box_head.fc6": "box_head.fc1", "box_head.fc7": "box_head.fc2",
@@ -125,6 +132,8 @@ def name_in_detectron2(name):
         name = name.replace(ours, theirs)
     name = re.sub(r"mask_head\.(\d)\.0",
                   lambda found: f"mask_head.mask_fcn{int(found[1]) + 1}", name)
+    name = re.sub(r"keypoint_head\.(\d+)",
+                  lambda found: f"keypoint_head.conv_fcn{int(found[1]) // 2 + 1}", name)
     name = re.sub(r"fpn\.(inner|layer)_blocks\.(\d)\.(0|1)", lambda found: "fpn_" + (
         "lateral" if found[1] == "inner" else "output") + str(int(found[2]) + 2) +
         ".norm" * (found[3] == "1"), name)
@@ -134,12 +143,14 @@ def name_in_detectron2(name):
 
 @pytest.mark.parametrize("detector, tensors, parameters", [
     ("c4", 279, 33_234_160), ("fpn", 319, 41_447_604),
-    ("c4 masks", 283, 35_336_708), ("fpn masks", 331, 44_075_464)])
+    ("c4 masks", 283, 35_336_708), ("fpn masks", 331, 44_075_464),
+    ("fpn keypoints", 337, 59_285_701)])
 def test_names_shapes_and_counts_are_detectron2s(detector, tensors, parameters):
     """Batch norm counts its batches here as there, which is left out.  The only other shapes: the
     background, here the first class, has deltas and masks too."""
-    kind, _, masks = detector.partition(" ")
-    model = build_detector("resnet50", 20, kind, masks=bool(masks))
+    kind, masks = detector.split()[0], detector.endswith("masks")
+    model = build_detector("resnet50", 20, kind, masks=masks,
+                           keypoints=detector.endswith("keypoints"))
     state = {name_in_detectron2(k): tuple(v.shape) for k, v in model.state_dict().items()
              if not k.endswith("num_batches_tracked")}
     for k, rows in (("weight", (84, state["roi_heads.box_predictor.cls_score.weight"][1])),
@@ -179,6 +190,29 @@ def test_the_numbers_are_detectron2s(detector):
     pool = heads.box_roi_pool
     assert (pool.size, pool.strides, pool.canonical) == dict(
         c4=(14, (16,), 224), fpn=(7, (4, 8, 16, 32), 224))[detector]
+
+
+def test_keypoint_rcnns_numbers_are_detectron2s():
+    """Base-Keypoint-RCNN-FPN.yaml: 1500 proposals in training, smooth L1 below 0.5 in the box head
+    alone; and c2_msra_fill of all its head's layers."""
+    torch.manual_seed(0)
+    model = build_detector("resnet18", 1, keypoints=True)
+    assert model.rpn._post_nms_top_n == dict(training=1500, testing=1000)
+    assert model.roi_heads.beta == 0.5 and build_detector("resnet18", 1).roi_heads.beta == 0
+    for layer, fan_out in (*((layer, 512 * 9) for layer in [*model.roi_heads.keypoint_head][::2]),
+                           (model.roi_heads.keypoint_predictor.kps_score_lowres, 512 * 16)):
+        assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
+        assert not layer.bias.any()
+    with pytest.raises(InputError, match="--keypoints needs --detector fpn"):
+        build_detector("resnet18", 1, "c4", keypoints=True)
+
+
+def test_the_box_heads_loss_is_a_square_below_beta():
+    deltas = torch.tensor([[0.0] * 4 + [0.1, -0.5, 2.0, 0.0]], requires_grad=True)
+    loss = box_head_losses(torch.zeros(1, 2), deltas, torch.tensor([1]), torch.zeros(1, 4), 0.5)[1]
+    assert loss.item() == pytest.approx(0.1 ** 2 / 2 / 0.5 + 0.5 ** 2 / 2 / 0.5 + 2 - 0.5 / 2)
+    gradient, = torch.autograd.grad(loss, deltas)
+    assert gradient[0, 4:].tolist() == pytest.approx([0.1 / 0.5, -1, 1, 0])
 
 
 @pytest.mark.parametrize("detector", ["c4", "fpn"])
@@ -490,14 +524,14 @@ def test_mixed_precision_leaves_boxes_in_float32(detector):
     assert (truths[0] - truth).abs().min() < 1e-3 and (proposals[0][-1] - truth).abs().max() < 1e-3
 
 
-@pytest.mark.parametrize("masks", [False, True])
-@pytest.mark.parametrize("detector", ["fpn", "c4"])
-def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector, masks):
+@pytest.mark.parametrize("detector, masks, keypoints", [
+    ("fpn", False, False), ("c4", False, False), ("fpn", True, True), ("c4", True, False)])
+def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector, masks, keypoints):
     """But for what is left out, to a fifth: ReLUs in place, pooling, losses.  Of masks, as many as
     there may be: a quarter of the RoIs."""
     torch.manual_seed(0)
     model = build_detector("resnet18", 2, detector, fpn_channels=32, min_size=(160,), max_size=160,
-                           anchor_size=16, rois=16, masks=masks).train()
+                           anchor_size=16, rois=16, masks=masks, keypoints=keypoints).train()
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
 
     def keep(x):
@@ -505,10 +539,10 @@ def test_the_bytes_of_a_step_are_those_that_autograd_keeps(detector, masks):
         return x
 
     target = dict(boxes=torch.tensor([[20.0, 20, 120, 120]] * 4), labels=torch.ones(4).long(),
-                  bitmasks=torch.ones(4, 160, 160).bool())
+                  bitmasks=torch.ones(4, 160, 160).bool(), keypoints=60 * torch.ones(4, 17, 3))
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         losses = model([torch.rand(3, 160, 160)] * 2, [target] * 2)
-    assert len(losses) == 4 + masks
+    assert len(losses) == 4 + masks + keypoints
     saved = sum(size for pointer, (_, size) in kept.items() if pointer not in own)
     weights = 12 * sum(p.numel() for p in model.parameters())
     assert training_bytes(model, 2, 160, 160, 16) - weights == pytest.approx(saved, rel=0.2)

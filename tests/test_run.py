@@ -772,7 +772,7 @@ def test_stopped_and_started_again_in_one_process(tmp_path):
 def test_stopped_under_torchrun_and_started_again(tmp_path):
     """SIGTERM to torchrun alone, which the others must follow, and Ctrl-C to the whole group."""
     scripts = {"moco": [*MOCO, "--workers", 1],
-               "adam": [*DETECTOR, "--masks", "--optimizer", "adam", "--workers", 0]}
+               "adam": [*DETECTOR, "--masks", "--keypoints", "--optimizer", "adam", "--workers", 0]}
     out = {name: tmp_path / "stopped" / name for name in scripts}
     stopped = {name: command(*words, "--out", out[name], processes=2)
                for name, words in scripts.items()}

@@ -30,7 +30,7 @@ def extents(mask):
 @pytest.mark.parametrize("size", [32, 96, 224])
 def test_a_scene_is_what_it_says(size):
     for index in range(20):
-        image, boxes, labels, masks = draw(size, 1, index)
+        image, boxes, labels, masks, _ = draw(size, 1, index)
         assert image.shape == (3, size, size) and image.dtype == torch.uint8
         assert image.float().std() > 5  # not one flat colour
         assert 1 <= len(labels) <= 5 and boxes.shape == (len(labels), 4)
@@ -106,9 +106,45 @@ def test_shapes_are_the_textbook_ones(label):
     assert (distance <= 0).sum() == pytest.approx(area * side**2, rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["triangle", "star"])
+def test_tips_are_the_textbook_corners(name):
+    """On the outline, where the shape ends: a little further out there is nothing of it.  From the
+    uppermost one to the right and to the left by turns; mirrored, right and left are exchanged."""
+    number, label = {"triangle": 3, "star": 5}[name], CLASSES.index(name)
+    for turn in (0.1, 0.7, 2.5, 6.0):
+        at = scenes.tips(label, 50, 40, 30, turn)
+        assert at.shape == (5, 2) and np.isnan(at[number:]).all()
+        at = at[:number] - [50, 40]
+        assert np.hypot(*at.T) == pytest.approx(30 * scenes.SHAPES[name][0])
+        assert abs(scenes.signed_distance(label, *at.T, 30, turn)).max() < 0.1
+        assert (scenes.signed_distance(label, *(1.02 * at).T, 30, turn) > 0.1).all()
+        assert (scenes.signed_distance(label, *(0.9 * at).T, 30, turn) < 0).all()
+        angles = np.degrees(np.arctan2(at[:, 1], at[:, 0]))  # clockwise on a screen
+        steps = (angles - angles[0]) % 360 * number / 360
+        assert steps == pytest.approx([0, 1, number - 1, 2, number - 2][:number])
+        assert at[0, 1] == at[:, 1].min()
+    assert np.isnan(scenes.tips(CLASSES.index("disc"), 50, 40, 30, 1.0)).all()
+
+
+def test_corners_of_a_scene():
+    seen = []
+    for index in range(30):
+        _, boxes, labels, _, corners = draw(96, 1, index)
+        assert corners.shape == (len(labels), 5, 3) and corners.dtype == torch.float32
+        for (x1, y1, x2, y2), label, points in zip(boxes.tolist(), labels, corners):
+            number = {"triangle": 3, "star": 5}.get(CLASSES[label], 0)
+            there = points[:, 2] == 1
+            assert not points[number:].any() and not points[~there].any()
+            x, y, _ = points[there].T
+            assert ((x >= 0) & (x < 96) & (y >= 0) & (y < 96)).all()
+            inside = (x > x1 - 3) & (x < x2 + 3) & (y > y1 - 3) & (y < y2 + 3)
+            seen += inside.tolist()
+    assert len(seen) > 50 and np.mean(seen) > 0.9  # but those under a later shape
+
+
 def paint_one(monkeypatch, which, size, index):
     """A scene with every shape dark but number `which` light: pixels (size, size) in 0..1, boxes,
-    and (label, side) of each shape."""
+    masks, and (label, side) of each shape."""
     texture, signed_distance, tried, shapes = scenes.texture, scenes.signed_distance, [], []
 
     def record(label, x, y, side, turn):
@@ -125,7 +161,7 @@ def paint_one(monkeypatch, which, size, index):
     with monkeypatch.context() as patch:
         patch.setattr(scenes, "texture", grey)
         patch.setattr(scenes, "signed_distance", record)
-        image, boxes, labels, masks = draw(size, 5, index)
+        image, boxes, labels, masks, _ = draw(size, 5, index)
     assert labels.tolist() == [label for label, _ in shapes]
     return image.float().mean(dim=0) / 255, boxes, masks, shapes
 
@@ -166,7 +202,7 @@ def test_index_error():
 def test_cache_draws_once_and_gives_the_same(monkeypatch):
     plain, cached = Scenes(6, 32, 2), Scenes(6, 32, 2, cache=True)
     expected = [plain.labelled(i) for i in range(6)]
-    assert len({len(labels) for _, _, labels, _ in expected}) > 1
+    assert len({len(labels) for _, _, labels, *_ in expected}) > 1
     assert all(same(cached.labelled(i), expected[i]) for i in range(6))
     monkeypatch.setattr(scenes, "draw", None)  # a call would raise
     for i in range(6):

@@ -395,9 +395,9 @@ def test_features_of_an_fpn(files, tmp_path):
 
 
 def test_detections_of_a_fine_tuned_detector(files, tmp_path):
-    fine_tune(["--masks", "--iterations", "1", "--train-scenes", "8", "--test-scenes", "4",
-               "--workers", "0", "--rois", "8", "--fpn-channels", "8", "--out",
-               str(tmp_path / "ft")])
+    fine_tune(["--masks", "--keypoints", "--iterations", "1", "--train-scenes", "8",
+               "--test-scenes", "4", "--workers", "0", "--rois", "8", "--fpn-channels", "8",
+               "--out", str(tmp_path / "ft")])
     rows = figure(files, tmp_path, "detections", "--rows", 2, "--weights",
                   tmp_path / "ft" / "checkpoint.pt", "none")
     assert [row["weights"] for row in rows] == ["ft"] * 2 + ["random"] * 2
