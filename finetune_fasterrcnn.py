@@ -1,4 +1,4 @@
-"""Fine-tune Faster, Mask or Keypoint R-CNN from a pre-trained backbone, and measure its AP.
+r"""Fine-tune Faster, Mask or Keypoint R-CNN from a pre-trained backbone, and measure its AP.
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,

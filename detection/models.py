@@ -121,7 +121,7 @@ class RoIHeads(roi_heads.RoIHeads):
             losses["loss_mask"] = mask_loss(logits, torch.cat(labels), torch.cat(crops))
         if self.keypoint_predictor is not None:
             maps = self.keypoint_predictor(self.keypoint_head(regions))
-            losses["loss_keypoint"] = roi_heads.keypointrcnn_loss(
+            losses["loss_keypoint"] = roi_heads.keypointrcnn_loss(  # it takes a view of maps
                 maps.contiguous(), boxes, [target["keypoints"] for target in targets], objects)
         return [], losses
 

@@ -170,7 +170,15 @@ def test_detections_have_masks_of_their_class(detector):
         heads.mask_predictor.mask_fcn_logits.bias[1::2] -= 9
         heads.mask_predictor.mask_fcn_logits.bias[0::2] += 9
     images = [torch.randint(0, 256, (3, *size), dtype=torch.uint8) for size in ((60, 80), (90, 70))]
+    pool, seen = heads.object_pool or heads.box_head.norm, []
+    if detector == "c4":
+        pool.running_mean += 1  # Res5's output is another one
+    for part in (pool, heads.mask_predictor):
+        part.register_forward_hook(lambda module, inputs, output: seen.append((inputs, output)))
     packed = detect(model, images, "cpu")
+    (_, pooled), ((regions,), _) = seen[-2:]
+    expected = heads.mask_head(pooled) if detector == "fpn" else pooled
+    torch.testing.assert_close(regions, expected)
     assert all(len(found["runs"]) == len(found["boxes"]) > 5 for found in packed)
     for found, image in zip(Unpacked(packed), images):
         masks = found["masks"]
