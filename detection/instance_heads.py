@@ -60,20 +60,19 @@ def paste_masks(probabilities, boxes, height, width):
     """Yield each object's mask in its image, (H, W) bool: the pixels at whose middle its
     probability, bilinear within the box and 0 outside, is 0.5 or more.
 
-    probabilities: (n, S, S); boxes: (n, 4), x1 y1 x2 y2 in the image's pixels.  Source: detectron2,
-    layers/mask_ops.py.
+    probabilities: (n, S, S); boxes: (n, 4), x1 y1 x2 y2 in the image's pixels, not outside it.
+    Source: detectron2, layers/mask_ops.py.
     """
     for values, box in zip(probabilities, boxes):
         mask = torch.zeros(height, width, dtype=torch.bool)
         x1, y1, x2, y2 = box.tolist()
         x = torch.arange(max(0, math.floor(x1) - 1), min(width, math.ceil(x2) + 1))
         y = torch.arange(max(0, math.floor(y1) - 1), min(height, math.ceil(y2) + 1))
-        if len(x) and len(y):  # -1..1 from one side of the box to the other
-            across = (x + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1
-            down = (y + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
-            grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (h, w, 2)
-            found = F.grid_sample(values[None, None], grid[None], align_corners=False)[0, 0]
-            mask[y[0]:y[-1] + 1, x[0]:x[-1] + 1] = found >= 0.5
+        across = (x + 0.5 - box[0]) / (box[2] - box[0]) * 2 - 1  # -1..1 from side to side
+        down = (y + 0.5 - box[1]) / (box[3] - box[1]) * 2 - 1
+        grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), dim=-1)  # (h, w, 2)
+        found = F.grid_sample(values[None, None], grid[None], align_corners=False)[0, 0]
+        mask[y[0]:y[-1] + 1, x[0]:x[-1] + 1] = found >= 0.5
         yield mask
 
 

@@ -55,8 +55,13 @@ class Unpacked:
         image = self.images[index]
         if "runs" not in image:
             return image
-        masks = [_draw(runs, *image["size"]) for runs in image["runs"]]
-        return {**image, "masks": np.array(masks, dtype=bool).reshape(-1, *image["size"])}
+        height, width = image["size"]
+        masks = np.zeros((len(image["runs"]), width * height), dtype=bool)
+        for pixels, runs in zip(masks, image["runs"]):
+            ends = np.cumsum(runs).tolist()
+            for start, end in zip(ends[::2], ends[1::2]):  # of the runs of 1
+                pixels[start:end] = True
+        return {**image, "masks": masks.reshape(-1, width, height).swapaxes(1, 2)}
 
 
 def _draw(runs, height, width):
