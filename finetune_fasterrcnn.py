@@ -419,13 +419,13 @@ def parse_args(argv=None):
         parser.error("--small sets the number of --iterations, so that no --schedule applies")
     if args.detector != "fpn" and args.box_head:
         parser.error("--box-head is of the fpn detector; c4's is Res5, retinanet has none")
-    if args.detector == "retinanet" and args.masks:
-        parser.error("--masks is of the c4 and fpn detectors")
-    if args.detector != "fpn" and args.keypoints:
-        parser.error("--keypoints is of the fpn detector")
     if args.dataset == "voc" and (args.masks or args.keypoints):
         parser.error("--masks and --keypoints need --dataset coco or scenes: VOC's annotations "
                      "hold boxes alone")
+    if args.detector == "retinanet" and args.masks:
+        parser.error("--masks is of the c4 and fpn detectors")
+    if args.detector != "fpn" and args.keypoints:
+        parser.error("--keypoints needs --detector fpn")
     if args.dataset != "scenes" and args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, a folder")
     if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):

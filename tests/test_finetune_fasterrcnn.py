@@ -201,8 +201,9 @@ def test_masks_and_keypoints_on_scenes(tmp_path, capsys):
     assert "masks True (now None)" in refusal(ft.main, [w for w in words if w != "--masks"])
     for flag in ("--masks", "--keypoints"):
         assert "boxes alone" in refusal(ft.main, ["--dataset", "voc", "--data", "x", flag])
-    assert "--keypoints needs --detector fpn" in refusal(ft.main, ["--keypoints", "--detector",
-                                                                   "c4"])
+    for detector in ("c4", "retinanet"):
+        words = ["--keypoints", "--detector", detector]
+        assert "--keypoints needs --detector fpn" in refusal(ft.main, words)
 
 
 class Batches(Silent):
