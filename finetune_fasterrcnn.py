@@ -24,6 +24,7 @@ Splits, for --train-split and --test-split; several are joined
           trainval        likewise of DIR, a folder of your own in VOC's layout
     coco  train2017       DIR/annotations/instances_train2017.json, images in DIR/train2017
           my.json:photos  DIR/my.json, images in DIR/photos
+    scenes validation     other scenes than the test's, to choose a recipe by
 """
 import copy
 import json
@@ -242,8 +243,9 @@ def data_sets(args):
     """The training and the test set that the arguments name; no training set for --eval-only."""
     if args.dataset == "scenes":
         n = max(1, round(args.fraction * args.train_scenes))
+        seed = 3 if args.test_split else 2  # validation or test
         return (LabelledScenes(n, 1, args.masks, args.keypoints),
-                LabelledScenes(args.test_scenes, 2, args.masks, args.keypoints))
+                LabelledScenes(args.test_scenes, seed, args.masks, args.keypoints))
     train_set = None if args.eval_only else Annotated(
         args.dataset, args.data, args.train_split, args.classes, True, args.fraction, args.seed,
         args.keep_empty, args.masks, args.keypoints)
@@ -428,8 +430,10 @@ def parse_args(argv=None):
         parser.error("--keypoints needs --detector fpn")
     if args.dataset != "scenes" and args.data is None:
         parser.error(f"--dataset {args.dataset} needs --data, a folder")
-    if args.dataset == "scenes" and (args.data or args.train_split or args.test_split):
-        parser.error("--data and its splits need --dataset voc or coco")
+    if args.dataset == "scenes" and (args.data or args.train_split
+                                     or args.test_split not in (None, ["validation"])):
+        parser.error("--data and its splits need --dataset voc or coco; of scenes there is "
+                     "--test-split validation")
     if args.eval_only and os.path.exists(os.path.join(args.out, "checkpoint.pt")):
         parser.error(f"{args.out} holds a run: --eval-only needs another --out")
     return args

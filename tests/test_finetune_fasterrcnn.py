@@ -77,6 +77,12 @@ def test_a_fraction_of_the_training_images_is_drawn_by_the_seed(tmp_path):
     assert len(sets[0][1]) == 40
     train_set, test_set = ft.data_sets(ft.parse_args(["--fraction", "0.1", "--test-scenes", "7"]))
     assert (len(train_set), len(test_set)) == (40, 7)
+    train_again, validation_set = ft.data_sets(ft.parse_args(
+        ["--fraction", "0.1", "--test-scenes", "7", "--test-split", "validation"]))
+    assert torch.equal(train_again[0][0], train_set[0][0])
+    for i in range(7):
+        assert not any(torch.equal(validation_set[i][0], other[j][0])
+                       for other in (test_set, train_set) for j in range(7))
 
 
 class Oracle(torch.nn.Module):

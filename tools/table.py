@@ -1,0 +1,107 @@
+"""Does pre-training help?  AP after it, with its spread over seeds:
+
+    python tools/table.py                              random weights and the six methods, on scenes
+    python tools/table.py --rows "lr 1=moco_v2.py --lr 1" "lr 2=moco_v2.py --lr 2" \\
+        --finetune "--test-split validation" --out runs/rates       what a rate is chosen by
+    python tools/table.py --pretrain "--small --data DIR/JPEGImages" --out runs/photos \\
+        --finetune "--small --dataset voc --data DIR --train-split train --test-split test"
+
+A row is NAME=SCRIPT FLAGS, or NAME=none for random weights.  Each seed of a row is a pre-training
+of its own, and its ResNet alone is fine-tuned once for each number of --iterations, with the same
+seed.  What is finished is skipped and what was stopped goes on, so that the same command adds what
+is missing.  It prints tables in Markdown: mean and standard deviation (of a sample) over the seeds,
+each seed, and the differences from other rows, paired by seed.
+"""
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+PROJECT = Path(__file__).parent.parent
+ROWS = ["random=none", "MoCo v2=moco_v2.py", "DetCo=detco.py", "DUPR=dupr.py", "SoCo=soco.py",
+        "Barlow Twins=barlow_twins.py", "VICReg=vicreg.py"]
+
+
+def run_script(words, out, threads):
+    """Run a script with --out, its output at the end of a file in that folder.  Raises
+    CalledProcessError if it fails."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as file:
+        subprocess.run([sys.executable, PROJECT / words[0], *words[1:], "--out", out], check=True,
+                       env={**os.environ, "OMP_NUM_THREADS": str(threads)}, stdout=file,
+                       stderr=subprocess.STDOUT)
+
+
+def measure(row, seed, args):
+    """Pre-train and fine-tune a row with one seed -> the AP, AP50 and AP75 in % after each number
+    of iterations, (len(args.iterations), 3)."""
+    name, words = row.split("=", 1)
+    folder, found = args.out / name.replace(" ", "_") / f"seed{seed}", []
+    weights = "none" if words == "none" else folder / "backbone.pt"
+    if words != "none" and not weights.exists():
+        run_script([*shlex.split(words), *shlex.split(args.pretrain), "--seed", str(seed)], folder,
+                   args.threads)
+    for iterations in args.iterations:
+        out = folder / f"finetune{iterations}"
+        if not (out / "ap.json").exists():
+            run_script(["finetune_fasterrcnn.py", *shlex.split(args.finetune), "--weights", weights,
+                        "--iterations", str(iterations), "--seed", str(seed)], out, args.threads)
+        ap = json.loads((out / "ap.json").read_text())
+        found.append([100 * ap[kind] for kind in ("AP", "AP50", "AP75")])
+        print(f"{name}, seed {seed}, {iterations} iterations: AP {found[-1][0]:.2f}", flush=True)
+    return found
+
+
+def spread(values):
+    """Mean ± standard deviation of a sample."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else \
+        f"{values[0]:.1f}"
+
+
+def print_table(names, found, iterations, against):
+    """A table in Markdown.  found: (rows, seeds, 3); against: rows to subtract, by name."""
+    print(f"\n| {iterations} iterations | AP | of each seed | AP50 | AP75 | "
+          + " | ".join(f"minus {name}" for name in against) + " |")
+    print("|" + " --- |" * (5 + len(against)))
+    for name, values in zip(names, found):
+        differences = [spread(values[:, 0] - found[names.index(other)][:, 0]) if other != name
+                       else "" for other in against]
+        print(f"| {name} | {spread(values[:, 0])} | "
+              + ", ".join(f"{v:.2f}" for v in values[:, 0])
+              + f" | {np.mean(values[:, 1]):.1f} | {np.mean(values[:, 2]):.1f} | "
+              + " | ".join(differences) + " |")
+
+
+def main():
+    """The command."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--rows", nargs="+", default=ROWS, metavar="NAME=WORDS")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--iterations", type=int, nargs="+", default=[400, 1200], help="of fine-tuning")
+    add("--pretrain", default="", help="flags of every pre-training")
+    add("--finetune", default="", help="flags of every fine-tuning")
+    add("--against", nargs="+", default=["random", "MoCo v2"], help="rows to subtract")
+    add("--jobs", type=int, default=2, help="runs at a time")
+    add("--threads", type=int, default=1, help="of each of them")
+    add("--out", type=Path, default=Path("runs/table"))
+    args = parser.parse_args()
+    names = [row.split("=", 1)[0] for row in args.rows]
+    tasks = [(row, seed) for seed in args.seeds for row in args.rows]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        found = [*pool.map(lambda task: measure(*task, args), tasks)]
+    found = np.array(found).reshape(len(args.seeds), len(names), len(args.iterations), 3)
+    for i, iterations in enumerate(args.iterations):
+        print_table(names, found[:, :, i].transpose(1, 0, 2), iterations,
+                    [name for name in args.against if name in names])
+
+
+if __name__ == "__main__":
+    main()
