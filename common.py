@@ -98,6 +98,36 @@ def box_into_view(box, view_box, flipped, size):
 # ---------------------------------------------------------------------------------------- backbone
 
 
+class _SplitBatchNorm(torch.autograd.Function):
+    """torch's batch norm of each group, written straight into the group's part of the output: a
+    torch.cat of the groups would read and write every activation once more."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, running_mean, running_var, groups, momentum, eps):
+        y = torch.empty_like(x)
+        means, deviations = weight.new_empty(2, groups, len(weight))  # and 1 / sqrt(variance + eps)
+        for i, (part, out) in enumerate(zip(x.chunk(groups), y.chunk(groups))):
+            # such that each group's share in the running statistics is momentum / groups in the end
+            share = momentum / (groups - momentum * (groups - 1 - i))
+            torch.native_batch_norm(part, weight, bias, running_mean, running_var, True, share, eps,
+                                    out=(out, means[i], deviations[i]))
+        ctx.save_for_backward(x, weight, means, deviations)
+        ctx.eps = eps
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, weight, means, deviations = ctx.saved_tensors
+        backward, groups = torch.ops.aten.native_batch_norm_backward, len(means)
+        of_x, *of_weight_and_bias = zip(*(
+            backward(g, part, weight, None, None, mean, deviation, True, ctx.eps, [True] * 3)
+            for g, part, mean, deviation in zip(gradient.chunk(groups), x.chunk(groups), means,
+                                                deviations)))
+        of_weight, of_bias = torch.stack(sum(of_weight_and_bias, ())).unflatten(
+            0, (2, groups)).sum(1)
+        return torch.cat(of_x), of_weight, of_bias, *[None] * 5
+
+
 class SplitBatchNorm(nn.BatchNorm2d):
     """Batch norm over ``groups`` equal, consecutive parts of the batch, as on that many GPUs.
 
@@ -120,15 +150,8 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if len(x) % self.groups:
             raise InputError(f"{self.groups} batch norm groups do not divide a batch of {len(x)}")
         self.num_batches_tracked += 1
-        means = self.running_mean.repeat(self.groups, 1)  # (groups, C)
-        variances = self.running_var.repeat(self.groups, 1)
-        y = torch.cat([
-            F.batch_norm(part, means[i], variances[i], self.weight, self.bias, True,
-                         self.momentum, self.eps)
-            for i, part in enumerate(x.chunk(self.groups))])
-        self.running_mean.copy_(means.mean(0))
-        self.running_var.copy_(variances.mean(0))
-        return y
+        return _SplitBatchNorm.apply(x, self.weight, self.bias, self.running_mean, self.running_var,
+                                     self.groups, self.momentum, self.eps)
 
 
 def batch_norm_groups(groups, batch_size):

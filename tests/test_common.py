@@ -88,16 +88,19 @@ def test_architectures_by_name():
     assert isinstance(common.backbone_stages("resnet18"), common.ResNetStages)
 
 
-def test_split_batch_norm_equals_one_module_a_group():
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_batch_norm_equals_one_module_a_group(layout, dtype):
     torch.manual_seed(0)
-    x = torch.randn(12, 5, 4, 4, requires_grad=True)
-    weights = torch.randn(12, 5, 4, 4)
+    x = torch.randn(12, 5, 4, 4).add(2).to(dtype, memory_format=layout).requires_grad_()
+    weights = torch.randn(12, 5, 4, 4, dtype=dtype)
     split = common.SplitBatchNorm(5, groups=3)
     nn.init.normal_(split.weight), nn.init.normal_(split.bias)
     parts = [nn.BatchNorm2d(5) for _ in range(3)]
     for part in parts:
         part.load_state_dict(split.state_dict())
     y = split(x)
+    assert y.dtype == dtype and y.is_contiguous(memory_format=layout)
     got = torch.autograd.grad((y * weights).sum(), [x, split.weight, split.bias])
     expected = torch.cat([part(x[4 * i:4 * i + 4]) for i, part in enumerate(parts)])
     torch.testing.assert_close(y, expected)
@@ -114,6 +117,22 @@ def test_split_batch_norm_equals_one_module_a_group():
     torch.testing.assert_close(split.eval()(x), plain.eval()(x))
     with pytest.raises(InputError, match="3 .* 10"):
         split.train()(x[:10])
+
+
+def test_running_statistics_are_the_mean_over_groups():
+    split = common.SplitBatchNorm(1, groups=4, momentum=0.3)
+    split(torch.tensor([[0.0, 2], [1, 5], [3, 3], [6, 8]]).view(4, 1, 1, 2))
+    # means 1, 3, 3, 7; variances 2, 8, 0, 2 (n - 1); from 0 and 1
+    assert split.running_mean.item() == pytest.approx(0.3 * 3.5)
+    assert split.running_var.item() == pytest.approx(0.7 + 0.3 * 3)
+
+
+def test_split_batch_norm_keeps_its_input_alone():
+    split, x = common.SplitBatchNorm(2, groups=4), torch.randn(16, 2, 32, 32, requires_grad=True)
+    peak, kept, y = memory(lambda: split(x))
+    assert max(peak, kept) < 1.1 * y.nbytes
+    peak, kept, _ = memory(lambda: torch.autograd.grad(y.sum(), x))
+    assert peak < 2.2 * y.nbytes  # of each group, then of all
 
 
 def test_a_group_of_one_value_is_refused():
