@@ -14,7 +14,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.func import grad_and_value
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchvision.ops import box_area, roi_align
 
@@ -275,26 +274,29 @@ class PyramidRoIAlign(nn.Module):
 # ------------------------------------------------------ contrast: InfoNCE, queue, momentum encoder
 
 
-def _logsumexp_(x):
-    """log sum_j exp(x_ij), (N,); overwrites x (N, K), which takes half the time of torch's."""
-    largest = x.detach().amax(1, keepdim=True)
-    return x.sub_(largest).exp_().sum(1).log() + largest.squeeze(1)
+def _logsumexp(q, negatives):
+    """log sum_j exp(q.n_j), (N,), and its gradient to q, the mean of the negatives weighted by the
+    softmax of q.n_j, (N, D): four passes over the logits."""
+    logits = q @ negatives.T  # (N, K)
+    weights = logits.softmax(1)
+    largest, j = weights.max(1, keepdim=True)  # log of a weight = its logit - logsumexp
+    return (logits.gather(1, j) - largest.log()).squeeze(1), weights @ negatives
 
 
-def _info_nce_sum(q, k, negatives, tau):
-    positive = (q * k).sum(1) / tau  # (N,)
-    negative = q / tau @ negatives.T  # (N, K)
-    loss = torch.logaddexp(positive, _logsumexp_(negative)) - positive  # (N,)
-    return loss.sum()
+class _LogSumExp(torch.autograd.Function):
+    """_logsumexp by chunks of rows.  Each chunk's gradient is computed beside its value, so that no
+    logits are kept for the backward pass, and none computed twice as torch.utils.checkpoint does.
+    """
 
+    @staticmethod
+    def forward(ctx, q, negatives, chunk):
+        values, gradients = zip(*(_logsumexp(rows, negatives) for rows in q.split(chunk)))
+        ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(values)
 
-def _info_nce_by_chunks(q, k, negatives, tau, chunk):
-    # Each chunk's gradient is computed beside its loss, so that no logits are kept for the backward
-    # pass (torch.utils.checkpoint would compute them twice, which takes 1.6 times as long).
-    gradients, losses = zip(*(grad_and_value(_info_nce_sum)(q_rows, k_rows, negatives, tau)
-                              for q_rows, k_rows in zip(q.detach().split(chunk), k.split(chunk))))
-    # q - q.detach() is 0: the second term adds nothing to the loss but its gradient
-    return sum(losses) + ((q - q.detach()) * torch.cat(gradients)).sum()
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient.unsqueeze(1) * ctx.saved_tensors[0], None, None
 
 
 def info_nce(q, k, negatives, tau, chunk=None):
@@ -307,11 +309,10 @@ def info_nce(q, k, negatives, tau, chunk=None):
     chunk = chunk or max(1, 2 ** 25 // max(1, len(negatives)))
     with torch.autocast(q.device.type, enabled=False):
         q, k, negatives = q.float(), k.float(), negatives.float()
-        if len(q) <= chunk:
-            total = _info_nce_sum(q, k, negatives, tau)
-        else:
-            total = _info_nce_by_chunks(q, k, negatives, tau, chunk)
-    return total / max(1, len(q))
+        positive = (q * k).sum(1) / tau  # (N,)
+        negative = _LogSumExp.apply(q / tau, negatives, chunk)  # (N,), of all negatives
+        loss = torch.logaddexp(positive, negative) - positive  # (N,)
+    return loss.sum() / max(1, len(q))
 
 
 @torch.no_grad()

@@ -95,7 +95,7 @@ def overlap(view_q, view_k):
     for view in (view_q, view_k):
         shared = torch.where(valid.unsqueeze(1), box, view.box)
         roi = box_into_view(shared, view.box, view.flipped, view.pixels.shape[-1])
-        places.append((roi.to(view.pixels.device), view.flipped.to(view.pixels.device)))
+        places.append([x.to(view.pixels.device, non_blocking=True) for x in (roi, view.flipped)])
     return *places, valid
 
 
@@ -198,7 +198,7 @@ class DUPR(nn.Module):
                     dist.broadcast(drawn, src=0)
                 share = len(drawn) // world_size()
                 mine = drawn[rank() * share:(rank() + 1) * share]
-                keys = all_gather(keys).flatten(0, 1)[mine.to(keys.device)]
+                keys = all_gather(keys).flatten(0, 1)[mine.to(keys.device, non_blocking=True)]
             chosen.append(keys)
         return chosen
 
@@ -215,7 +215,7 @@ class DUPR(nn.Module):
         keys, k = self.encode_keys(view_k, place_k, valid, self.patch_keys)
         # valid is on the CPU, so that reading it does not wait for the device; it may be all False
         scale = float(valid.float().mean() / all_gather(valid).float().mean().clamp(min=1e-9))
-        rows = valid.nonzero().flatten().to(view_q.pixels.device)
+        rows = valid.nonzero().flatten().to(view_q.pixels.device, non_blocking=True)
         loss, parts, watched = 0, {}, {}  # watched: the deepest level of each kind
         for (kind, i, weight), q_i, k_i, queue in zip(self.losses, q, k, self.queues):
             if kind == "image":

@@ -218,13 +218,26 @@ def memory(function):
 
 
 def test_info_nce_memory_does_not_grow_with_rows():
-    q, k, negatives = unit(512, 4).requires_grad_(), unit(512, 4, seed=1), unit(300, 4, seed=2)
-    logits = 4 * 300  # bytes of a row
-    peak, kept, loss = memory(lambda: common.info_nce(q, k, negatives, 0.2, chunk=16))
-    assert peak < 3 * 16 * logits and kept < 16 * logits
-    assert memory(loss.backward)[0] < 16 * logits
-    peak, kept, loss = memory(lambda: common.info_nce(q, k, negatives, 0.2, chunk=512))
-    assert kept > 512 * logits  # what the chunks avoid
+    q, k = unit(512, 4).requires_grad_(), unit(512, 4, seed=1)
+    negatives, logits = unit(3000, 4, seed=2), 4 * 3000  # bytes of a row
+    for chunk in (16, 512):
+        peak, kept, loss = memory(lambda: common.info_nce(q, k, negatives, 0.2, chunk=chunk))
+        # logits and their softmax, and 20 numbers of each row; none of the logits is kept
+        assert 2 * chunk * logits < peak < 2 * chunk * logits + 512 * 80 and kept < 512 * 80
+        assert memory(loss.backward)[0] < 512 * 80
+
+
+@pytest.mark.parametrize("tau", [1e-3, 100.0])
+def test_info_nce_at_extreme_temperatures(tau):
+    q, k, negatives = unit(9, 16).requires_grad_(), unit(9, 16, seed=1), unit(50, 16, seed=2)
+    q.data[:3] = k[:3]  # loss 0, or of any size
+    exact = q.detach().double().requires_grad_()
+    logits = torch.cat([(exact * k).sum(1, keepdim=True), exact @ negatives.double().T], 1) / tau
+    expected = F.cross_entropy(logits, torch.zeros(9, dtype=torch.long))
+    loss = common.info_nce(q, k, negatives, tau, chunk=4)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    got, gradient = (torch.autograd.grad(x, y)[0] for x, y in ((loss, q), (expected, exact)))
+    torch.testing.assert_close(got.double(), gradient, rtol=1e-3, atol=1e-4 / tau)
 
 
 class Largest(TorchDispatchMode):
