@@ -133,26 +133,26 @@ def map_numbers(function, numbers, workers):
 
 def _grey(x):
     red, green, blue = x.split(1, dim=1)
-    return 0.2989 * red + 0.587 * green + 0.114 * blue  # (B, 1, H, W)
+    return (0.2989 * red).add_(green, alpha=0.587).add_(blue, alpha=0.114)  # (B, 1, H, W)
 
 
 def _blend(x, other, factor):
-    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp(0, 1)
+    return torch.lerp(other, x, factor.view(-1, 1, 1, 1)).clamp_(0, 1)
 
 
 def adjust_brightness(x, factor):
     """factor 0: black; 1: unchanged."""
-    return _blend(x, torch.zeros_like(x), factor)
+    return (x * factor.view(-1, 1, 1, 1)).clamp_(max=1)
 
 
 def adjust_contrast(x, factor):
     """factor 0: the mean grey of each image; 1: unchanged."""
-    return _blend(x, _grey(x).mean((1, 2, 3), keepdim=True).expand_as(x), factor)
+    return _blend(x, _grey(x.mean((2, 3), keepdim=True)), factor)
 
 
 def adjust_saturation(x, factor):
     """factor 0: grey; 1: unchanged."""
-    return _blend(x, _grey(x).expand_as(x), factor)
+    return _blend(x, _grey(x), factor)
 
 
 def adjust_hue(x, shift):
@@ -160,12 +160,15 @@ def adjust_hue(x, shift):
     red, green, blue = x.unbind(1)  # (B, H, W) each
     value, low = x.amax(1), x.amin(1)
     chroma = value - low
-    divisor = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(value == red, (green - blue) / divisor, torch.where(
-        value == green, 2 + (blue - red) / divisor, 4 + (red - green) / divisor))
-    corner = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green, blue
-    k = (corner + (hue + 6 * shift.view(-1, 1, 1)).unsqueeze(1)) % 6  # (B, 3, H, W)
-    return value.unsqueeze(1) - chroma.unsqueeze(1) * torch.minimum(k, 4 - k).clamp(0, 1)
+    # the hue in sixths of the circle, -1..5, times the chroma; of greys it does not matter
+    hue = torch.where(value == red, green - blue, torch.where(
+        value == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)))
+    hue = hue.div_(chroma.clamp(min=1e-6)).add_(6 * shift.view(-1, 1, 1))
+    # how far it is from red, green and blue, 0..3: up to 1 they have the value, from 2 the least
+    opposite = torch.arange(3, -2, -2, device=x.device).view(3, 1, 1)
+    away = (hue.unsqueeze(1) + opposite).remainder_(6).sub_(3).abs_()  # (B, 3, H, W)
+    return torch.addcmul((value + chroma).unsqueeze(1), chroma.unsqueeze(1), away.clamp_(1, 2),
+                         value=-1)
 
 
 def gaussian_blur(x, sigma):
@@ -188,7 +191,7 @@ def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2
     parts of the jitter is drawn once for the batch.  mean, std: of red, green and blue in 0..1.
     Returns (B, 3, H, W) float32.
     """
-    x = pixels.float() / 255
+    x = pixels / 255
     number, device = len(x), x.device
 
     def chosen(p):  # drawn on the CPU, where the number of chosen images is then known
@@ -200,19 +203,21 @@ def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2
         change = (2 * torch.rand(number) - 1) * jitter[i]  # (B,) in -strength..strength
         change = torch.where(jittered, change, 0).to(device, non_blocking=True)
         x = operations[i](x, change if i == 3 else (1 + change).clamp(min=0))
-    x = adjust_saturation(x, (~chosen(p_grey)).to(device, x.dtype, non_blocking=True))
+    greyed = chosen(p_grey).nonzero().flatten().to(device, non_blocking=True)
+    x.index_copy_(0, greyed, _grey(x[greyed]).expand(-1, 3, -1, -1))
 
     blurred, sigma = chosen(p_blur).nonzero().flatten(), 0.1 + 1.9 * torch.rand(number)
     if len(blurred):
         sigma = sigma[blurred].to(device, non_blocking=True)
         blurred = blurred.to(device, non_blocking=True)
-        x = x.index_copy(0, blurred, gaussian_blur(x[blurred], sigma))
+        x.index_copy_(0, blurred, gaussian_blur(x[blurred], sigma))
     if p_solarize:
         solarized = chosen(p_solarize).to(device, non_blocking=True).view(-1, 1, 1, 1)
         x = torch.where(solarized & (x >= 0.5), 1 - x, x)
-    mean, std = (torch.tensor(v).to(device, non_blocking=True).view(3, 1, 1)
-                 for v in (mean, std))
-    return (x - mean) / std
+    scale = torch.tensor([1 / s for s in std])
+    offset = torch.tensor([-m / s for m, s in zip(mean, std)])
+    scale, offset = (v.to(device, non_blocking=True).view(3, 1, 1) for v in (scale, offset))
+    return torch.addcmul(offset, x, scale)
 
 
 def _channel_sums(images, index):
