@@ -246,29 +246,42 @@ class PyramidRoIAlign(nn.Module):
         self.size, self.strides, self.canonical = size, strides, canonical
 
     def map_levels(self, boxes):
-        """Boxes (n, 4) of each image, in its pixels -> the index of each one's level, (N,).
+        """Boxes (N, 4) in their image's pixels -> the index of each one's level, (N,).
 
         Lin et al. 2017, arXiv 1612.03144, Eq. (1), with detectron2's 1e-8 (modeling/poolers.py);
         the borders of torchvision's rule are lower by 0.7 millionths.
         """
-        sides = box_area(torch.cat(boxes)).sqrt()
-        k = (4 + torch.log2(sides / self.canonical + 1e-8)).floor()
+        k = (4 + torch.log2(box_area(boxes).sqrt() / self.canonical + 1e-8)).floor()
         lowest, highest = math.log2(self.strides[0]), math.log2(self.strides[-1])
         return (k.clamp(lowest, highest) - lowest).long()
 
-    def forward(self, features, boxes, _image_sizes=None):
-        """Levels (B, C, H/s, W/s) by name, in the order of the strides (more are left out), and the
-        boxes (n, 4) of each image, x1 y1 x2 y2 in its pixels -> (N, C, S, S)."""
-        rois = torch.cat([F.pad(b, (1, 0), value=i) for i, b in enumerate(boxes)])  # (N, 5)
-        features = [*features.values()][:len(self.strides)]
-        if len(features) == 1:
-            return roi_align(features[0], rois, self.size, 1 / self.strides[0], aligned=True)
-        levels = self.map_levels(boxes)
+    def pool_all(self, features, rois, levels):
+        """RoIs (N, 5) -> (N, C, S, S), of every level all of them: those of other levels as empty
+        boxes, which have no samples and give 0.  Nothing waits for a GPU to count a level's."""
+        return sum(roi_align(x, rois.masked_fill((levels != i).unsqueeze(1), 0), self.size,
+                             1 / stride, aligned=True)
+                   for i, (x, stride) in enumerate(zip(features, self.strides)))
+
+    def pool_each(self, features, rois, levels):
+        """The same, of every level its own RoIs alone: on CPUs up to 1.4 times as fast."""
         regions = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
         for i, (x, stride) in enumerate(zip(features, self.strides)):
             here = (levels == i).nonzero().squeeze(1)
             regions[here] = roi_align(x, rois[here], self.size, 1 / stride, aligned=True)
         return regions
+
+    def forward(self, features, boxes, _image_sizes=None):
+        """Levels (B, C, H/s, W/s) by name, in the order of the strides (more are left out), and the
+        boxes (n, 4) of each image, x1 y1 x2 y2 in its pixels -> (N, C, S, S)."""
+        image = torch.repeat_interleave(torch.tensor([len(b) for b in boxes]))  # (N,), on the CPU
+        boxes = torch.cat([*boxes])  # (N, 4)
+        image = image.to(boxes.device, boxes.dtype, non_blocking=True)
+        rois = torch.cat([image.unsqueeze(1), boxes], dim=1)  # (N, 5)
+        features = [*features.values()][:len(self.strides)]
+        if len(features) == 1:
+            return roi_align(features[0], rois, self.size, 1 / self.strides[0], aligned=True)
+        pool = self.pool_each if boxes.device.type == "cpu" else self.pool_all
+        return pool(features, rois, self.map_levels(boxes))
 
 
 # ------------------------------------------------------ contrast: InfoNCE, queue, momentum encoder

@@ -210,7 +210,7 @@ class Network(nn.Module):
         pyramid = self.backbone(images)  # P2..P5, (B, C, H/s, W/s), s = 4, 8, 16, 32
         # Paper silent: on CUDA RoI Align adds up its gradients in no fixed order, so a resumed run
         # need not end bit for bit where an uninterrupted one does
-        regions = self.pool(pyramid, list(boxes))  # (BP, C, 7, 7)
+        regions = self.pool(pyramid, boxes)  # (BP, C, 7, 7)
         h = self.head(regions)  # (BP, 1024)
         return self.projector(h)
 

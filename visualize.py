@@ -452,7 +452,7 @@ def views_of(method, image, args):
             size = view.pixels.shape[-1]
             boxes = box_into_view(places[None], view.box, view.flipped, size)[0]  # (P, 4)
             boxes = boxes if i else method.jitter_boxes(boxes, size, args.jitter)
-            shared[i] = [(f"P{n + 2}", box) for n, box in zip(levels([boxes]), boxes.tolist())]
+            shared[i] = [(f"P{n + 2}", box) for n, box in zip(levels(boxes), boxes.tolist())]
     elif name in ("detco", "dupr"):
         cut = method.cut_views(image, args)
     else:

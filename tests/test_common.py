@@ -374,15 +374,17 @@ def test_roi_align_is_a_loop_over_bilinear_samples():
                 for j in range(down) for k in range(across)) / (down * across)
                 for column in range(size)], dim=1) for row in range(size)], dim=1))
     expected = torch.stack(expected)  # (5, 3, 2, 2)
-    found = pool(features, boxes)
-    assert pool.map_levels(boxes).tolist() == [0, 0, 0, 1, 0]
-    torch.testing.assert_close(found, expected)
-    weights = torch.randn_like(found)
-    maps = [features["0"], features["1"]]
-    for ours, literal in zip(torch.autograd.grad((weights * found).sum(), maps),
-                             torch.autograd.grad((weights * expected).sum(), maps)):
-        assert literal.abs().sum() > 0
-        torch.testing.assert_close(ours, literal)
+    levels, maps = pool.map_levels(torch.cat(boxes)), [features["0"], features["1"]]
+    assert levels.tolist() == [0, 0, 0, 1, 0]
+    rois = torch.cat([torch.tensor([[0.0], [0], [0], [1], [1]]), torch.cat(boxes)], dim=1)
+    weights = torch.randn_like(expected)
+    literal = torch.autograd.grad((weights * expected).sum(), maps)
+    assert all(gradient.abs().sum() > 0 for gradient in literal)
+    on_gpus = pool.pool_all(maps, rois, levels)
+    assert torch.equal(on_gpus, pool.pool_each(maps, rois, levels))
+    for found in (pool(features, boxes), on_gpus):
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(torch.autograd.grad((weights * found).sum(), maps), literal)
     one = common.PyramidRoIAlign(size, (8,))({"0": features["1"]}, boxes)  # C4: a single level
     torch.testing.assert_close(one[3], expected[3])
     assert pool(features, [boxes[0][:0]] * 2).shape == (0, 3, 2, 2)
@@ -395,7 +397,7 @@ def test_levels_at_their_borders():
     sides = [0, 1, 111.99, below[0], 112, below[1], 224, 447.9, below[2], 448, 5000]
     boxes = torch.tensor([[0, 0, side, side] for side in sides])
     pool = common.PyramidRoIAlign(7, (4, 8, 16, 32))
-    assert pool.map_levels([boxes[:5], boxes[5:]]).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
+    assert pool.map_levels(boxes).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 2, 3, 3]
     # torchvision adds 1e-6 to the logarithm: its borders are lower by 1e-6 ln 2
     theirs = torchvision.ops.poolers.initLevelMapper(2, 5)([boxes]).tolist()
     assert theirs == [0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]

@@ -165,7 +165,7 @@ def test_a_box_goes_to_the_level_of_its_size():
         for ratio in (1, 4, 1 / 4):
             w, h = side * ratio ** 0.5, side / ratio ** 0.5
             box = torch.tensor([[0., 0., w, h]])
-            assert network.pool.map_levels([box]).item() == level, (side, ratio)
+            assert network.pool.map_levels(box).item() == level, (side, ratio)
             flat = {str(i): torch.full((1, 8, 64, 64), float(i)) for i in range(4)}
             pooled = network.pool(flat, [box.clamp(max=256)])
             if side < 200 and ratio == 1:

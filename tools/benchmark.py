@@ -133,7 +133,7 @@ class FourLevels(soco.Network):
 
     def forward(self, images, boxes):
         pyramid, boxes = self.backbone(images), list(boxes)
-        levels, total = self.pool.map_levels(boxes), 0
+        levels, total = self.pool.map_levels(torch.cat(boxes)), 0
         for i, stride in enumerate(self.pool.strides):
             regions = roi_align(pyramid[str(i)], boxes, 7, 1 / stride, aligned=True)
             total = total + (levels == i).unsqueeze(1) * self.head(regions)
