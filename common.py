@@ -416,12 +416,13 @@ class LARS(torch.optim.SGD):
     @torch.no_grad()
     def step(self):
         """One step, as of torch's SGD: the learning rate stands outside the momentum."""
-        for w in (p for group in self.param_groups for p in group["params"]):
-            if w.ndim > 1 and w.grad is not None:
-                # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et
-                # al. has |g| + decay |w|.  A weight without gradient shrinks by lr trust a step.
-                u = w.grad.add_(w, alpha=self.decay)
-                w_norm, u_norm = w.norm(), u.norm()
-                factor = self.trust * w_norm / u_norm
-                u.mul_(torch.where((w_norm > 0) & (u_norm > 0), factor, 1))
+        weights = [p for group in self.param_groups for p in group["params"]
+                   if p.ndim > 1 and p.grad is not None]
+        # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et al. has
+        # |g| + decay |w|.  A weight without gradient shrinks by lr trust a step.
+        us = [w.grad for w in weights]
+        torch._foreach_add_(us, weights, alpha=self.decay)
+        norms = torch.stack(torch._foreach_norm(weights + us)).view(2, -1)  # of w, u: (2, weights)
+        factors = torch.where((norms > 0).all(0), self.trust * norms[0] / norms[1], 1)
+        torch._foreach_mul_(us, factors.unbind())
         super().step()
