@@ -40,7 +40,7 @@ def all_gather(x):
     if world_size() == 1:
         return x
     gathered = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    dist.all_gather_into_tensor(gathered, x.contiguous())
+    dist.all_gather(list(gathered.chunk(world_size())), x.contiguous())
     return gathered
 
 

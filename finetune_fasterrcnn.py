@@ -313,6 +313,7 @@ def train(args, device):
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.
     mixed = mixed_precision(args, device)
+    torch.backends.cudnn.deterministic = args.detector == "retinanet"  # which has no RoIAlign
 
     # Differs: a batch mixes wide and tall images; detectron2 batches them apart
     for step, batch in run.batches(train_set, training_item, collate_fn=list):

@@ -276,6 +276,7 @@ def train(args, device):
     data = Proposed(images, find_proposals(args, images))
     run.start_clock()
     mixed = mixed_precision(args, device)
+    torch.backends.cudnn.deterministic = False  # which is slower: RoI Align is not, see Network
 
     def batches():
         """(step, pixels, boxes, no_box): of each view on the device, and (B,) which images have no

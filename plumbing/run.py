@@ -86,7 +86,8 @@ def setup():
         raise InputError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
     if cuda:
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one
+        # a resumed run equals an uninterrupted one, but where RoI Align sums in no fixed order
+        torch.backends.cudnn.deterministic = True
         torch.set_float32_matmul_precision("high")  # TF32: finer than the bfloat16 that comes in
     return torch.device("cuda" if cuda else "cpu")
 

@@ -8,6 +8,7 @@ import torch
 
 from common import InputError, SwinStages, backbone_stages, rank
 
+torch.serialization.add_safe_globals([argparse.Namespace])  # SoCo's files hold one
 LEVELS = ["res2", "res3", "res4", "res5"]  # the names of a backbone's stages, in their order
 
 
@@ -39,8 +40,7 @@ def load_checkpoint(path):
         other = "a bare pickle"
     else:
         try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # SoCo's files hold one
-                return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # torch's messages for a file that is cut off would mislead
             found = re.search(r"GLOBAL (\S+)", str(error))
             other = found and found[1]

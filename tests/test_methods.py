@@ -348,6 +348,8 @@ def test_the_image_loss_of_the_last_level_alone_is_moco(recorded, tmp_path, name
 @every_method
 def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, monkeypatch, name):
     losses, gradients, mixed, coloured = {}, {}, [], []
+    cudnn = torch.backends.cudnn  # as on a GPU
+    monkeypatch.setattr(cudnn, "deterministic", True)
 
     def note(states, owner, attribute):
         function = getattr(owner, attribute)
@@ -374,6 +376,7 @@ def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, monkeypatch, name
         tensors = [*momenta, *state["model"].values()]
         assert {v.dtype for v in tensors if v.is_floating_point()} == {torch.float32}
     assert coloured and not any(coloured)  # the views are float32 in both
+    assert cudnn.deterministic == (name not in ("dupr", "soco"))  # whose RoI Align is not
     assert losses["bfloat16"] != losses["float32"]
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     cosine = torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0)
