@@ -53,7 +53,8 @@ from common import (Queue, SplitBatchNorm, View, batch_norm_groups, contrast_sta
                     cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
-from plumbing.images import augment_colour, open_images, random_resized_crop, two_views
+from plumbing.images import (Photos, augment_colour, open_images, random_resized_crop,
+                             two_views)
 from plumbing.run import Run, check_queue, distribute, launch, mixed_precision
 
 
@@ -207,7 +208,9 @@ def train(args, device):
         """(step, view_q, view_k, patches_q, patches_k), the last two unless --no-local, on the
         device, of all steps still to do or of ``steps``."""
         cut = partial(cut_views, args=args)
-        for step, (view_q, view_k, *local_views) in run.batches(images, cut, steps):
+        photos = Photos(images, (args.image_size, args.crop_scale),
+                        (0 if args.no_local else args.local_size, args.local_scale))
+        for step, (view_q, view_k, *local_views) in run.batches(photos, cut, steps):
             yield (step, coloured(view_q), coloured(view_k),
                    *(cut_patches(coloured(view), corners.to(device, non_blocking=True),
                                  args.patch_size) for view, corners in local_views))

@@ -53,7 +53,7 @@ from common import (InputError, Queue, SplitBatchNorm, all_gather, batch_norm_gr
                     momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
-from plumbing.images import augment_colour, open_images, two_views
+from plumbing.images import Photos, augment_colour, open_images, two_views
 from plumbing.run import Run, check_queue, distribute, launch, mixed_precision
 
 
@@ -260,7 +260,8 @@ def train(args, device):
         """(step, view_q, view_k), their pixels on the device, of all steps still to do or of
         ``steps``."""
         cut = partial(cut_views, args=args)
-        for step, views in run.batches(images, cut, steps):
+        photos = Photos(images, (args.image_size, args.crop_scale))
+        for step, views in run.batches(photos, cut, steps):
             yield step, *(view._replace(pixels=augment_colour(
                 view.pixels.to(device, non_blocking=True), p_blur=args.p_blur)) for view in views)
 

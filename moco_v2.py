@@ -39,7 +39,7 @@ from common import (Queue, SplitBatchNorm, batch_norm_groups, contrast_statistic
                     cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
-from plumbing.images import augment_colour, open_images, two_views
+from plumbing.images import Photos, augment_colour, open_images, two_views
 from plumbing.run import Run, check_queue, distribute, launch, mixed_precision
 
 
@@ -100,7 +100,8 @@ def train(args, device):
     def batches(steps=None):
         """(step, view_q, view_k) on the device, of all steps still to do or of ``steps``."""
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0))
-        for step, views in run.batches(images, cut, steps):
+        photos = Photos(images, (args.image_size, args.crop_scale))
+        for step, views in run.batches(photos, cut, steps):
             yield step, *(augment_colour(v.pixels.to(device, non_blocking=True),
                                          p_blur=args.p_blur) for v in views)
 

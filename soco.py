@@ -57,7 +57,7 @@ from common import (LARS, InputError, PyramidRoIAlign, View, box_into_view, cosi
                     momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
-from plumbing.images import augment_colour, open_images, random_resized_crop
+from plumbing.images import Photos, as_view, augment_colour, open_images, random_resized_crop
 from plumbing.run import Run, distribute, launch, mixed_precision
 from plumbing.weights import save_tensors
 from selective_search import read_proposals, search
@@ -75,13 +75,14 @@ def random_boxes(width, height, number=32):
 
 
 class Proposed(Dataset):
-    """Item i: an image (3, H, W) uint8 and its proposals (n, 4) float, x1 y1 x2 y2 in its pixels.
+    """Item i: all of an image as a View, as Photos(images, *crops) decodes it, and its proposals
+    (n, 4) float, x1 y1 x2 y2 in the file's pixels.
 
     proposals: read_proposals of these images, or None: random_boxes, drawn anew every time.
     """
 
-    def __init__(self, images, proposals):
-        self.images, self.boxes = images, None
+    def __init__(self, images, proposals, *crops):
+        self.images, self.photos, self.boxes = images, Photos(images, *crops), None
         if proposals is not None:
             row = {name: i for i, name in enumerate(proposals["names"].tolist())}
             missing = [name for name in images.names if name not in row]
@@ -96,19 +97,21 @@ class Proposed(Dataset):
         return len(self.images)
 
     def __getitem__(self, index):
-        i, image = self.images.numbered(index)
+        i, photo = self.photos.numbered(index)
+        size = photo.box[2:].int().tolist()
         if self.boxes is None:
-            return image, random_boxes(image.shape[2], image.shape[1])
-        boxes, size = self.boxes[self.start[i]:self.end[i]], [image.shape[2], image.shape[1]]
+            return photo, random_boxes(*size)
+        boxes, reduction = self.boxes[self.start[i]:self.end[i]], size[0] // photo.pixels.shape[2]
         if self.sizes[i].any():
-            fits = self.sizes[i].tolist() == size
+            fits = (self.sizes[i] // reduction * reduction).tolist() == size
         else:  # its size was not kept, as of files that were written before images were turned
             turned = getattr(self.images, "turned", None)  # which scenes have not
-            fits = (turned is None or not turned[i]) and not (boxes > size * 2).any()
+            fits = (turned is None or not turned[i]) and \
+                not (boxes // reduction * reduction > size * 2).any()
         if not fits:
             raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
                              "size or orientation: delete their file, and search anew")
-        return image, torch.from_numpy(boxes).float()
+        return photo, torch.from_numpy(boxes).float()
 
 
 def find_proposals(args, images):
@@ -155,13 +158,12 @@ def make_views(item, args):
     """V1, V2, V3, with --view4 also V4, of an image and its boxes -> the Views, P boxes (P, 4) in
     the source image's pixels, and whether the crop takes their place."""
     image, boxes = item
-    height, width = image.shape[1:]
-    whole_image = View(image, torch.tensor([0.0, 0.0, width, height]), False)
+    whole_image = as_view(image)
     # Differs: V2 is cut from the image, with 3/4 <= w/h <= 4/3 in its pixels, as by the authors'
     # code (transform_ops.RandomResizedCropParams); the talk's is a crop of V1, a square.
     # Differs: no cutout.  For 100 epochs (not for 400) the authors' code blanks, with p 0.5, a
     # square of 10 to 30% of a box in V2 and V3.
-    crop = random_resized_crop(image, args.image_size, (args.crop_scale, 1.0))
+    crop = random_resized_crop(whole_image, args.image_size, (args.crop_scale, 1.0))
     # Differs: V3 is V2 made smaller, as the talk says, and so is V4, of which it only gives the
     # size; the authors' code crops V3 anew, and in SoCo* the view of 192, while that of 112 is V2
     # made smaller
@@ -273,7 +275,7 @@ def train(args, device):
     optimizer = LARS([p for p in model.parameters() if p.requires_grad],
                      args.lr * args.batch_size / 256, weight_decay=args.weight_decay)
     run = Run(args, "soco", images, model=model, optimizer=optimizer)
-    data = Proposed(images, find_proposals(args, images))
+    data = Proposed(images, find_proposals(args, images), (args.image_size, args.crop_scale))
     run.start_clock()
     mixed = mixed_precision(args, device)
     torch.backends.cudnn.deterministic = False  # which is slower: RoI Align is not, see Network

@@ -39,13 +39,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torchvision.ops import MLP
-from torchvision.transforms import InterpolationMode
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
                     cosine_schedule, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_normalisation_arguments,
                             add_run_arguments, fit_recipe, parse_recipe, real, whole)
-from plumbing.images import augment_colour, measure_normalisation, open_images, two_views
+from plumbing.images import (Photos, augment_colour, measure_normalisation, open_images,
+                             two_views)
 from plumbing.run import Run, distribute, launch, mixed_precision
 
 # Differs: the learning rate is that of 100 epochs (appendix C.4) and follows the batch size; the
@@ -151,9 +151,10 @@ def train(args, device):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
         # Paper silent: crops are resized bicubically, as in the authors' code
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0),
-                      interpolation=InterpolationMode.BICUBIC)
+                      interpolation="bicubic")
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
-        for step, views in run.batches(images, cut, steps):
+        photos = Photos(images, (args.image_size, args.crop_scale))
+        for step, views in run.batches(photos, cut, steps):
             pixels1, pixels2 = (view.pixels.to(device, non_blocking=True) for view in views)
             yield (step, augment_colour(pixels1, p_blur=args.p_blur[0], **colours),
                    augment_colour(pixels2, p_blur=args.p_blur[1], p_solarize=0.2, **colours))

@@ -26,7 +26,6 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from torch.utils.data import default_collate
 from torchvision.ops import box_iou, roi_align
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import normalize, resize
 from torchvision.utils import make_grid
 
@@ -457,7 +456,7 @@ def views_of(method, image, args):
         cut = method.cut_views(image, args)
     else:
         resize = "bilinear" if name == "moco_v2" else "bicubic"
-        cut = two_views(image, args.image_size, (args.crop_scale, 1.0), InterpolationMode(resize))
+        cut = two_views(image, args.image_size, (args.crop_scale, 1.0), resize)
     if name == "dupr":
         *places, valid = method.overlap(*default_collate([cut]))
         shared = [(roi[0].tolist(), bool(flipped)) if valid else () for roi, flipped in places]

@@ -1,4 +1,5 @@
 """Image files of any kind -> pixels: RGB of 8 bits, upright; and what to say of the files."""
+import math
 import os
 import struct
 from collections import Counter
@@ -69,9 +70,22 @@ def _refuse_misread(image, path):
         raise ValueError(f"{why}: save it with 8 bits, or as a PNG with 16")
 
 
-def _decode(path):
+def _reduction(width, height, turned, crops):
+    """The largest r of 8, 4, 2 and 1 such that in an image of 1 / r of the width and height each of
+    ``crops`` (pixels a side, least share of the image, of which width / height is 3/4 to 4/3) still
+    has its pixels."""
+    for r in (8, 4, 2):
+        w, h = width // r, height // r
+        whole = not (turned and (width % r or height % r))  # else pixels are lost at another side
+        if whole and all(side <= min(w, h, math.sqrt(share * w * h * 3 / 4))
+                         for side, share in crops):
+            return r
+    return 1
+
+
+def _decode(path, crops=()):
     """-> (3, H, W) uint8, RGB, upright; whether it was turned; its largest value, of 65535, where
-    the file has 16 bits, else 65535."""
+    the file has 16 bits, else 65535; and its reduction, as ImageFiles.reduced says."""
     with _open(path) as image:
         _refuse_misread(image, path)
         grey, layout = image.mode.startswith("I"), ""  # grey of 16 bits; colour of 16 is RGB here
@@ -80,16 +94,23 @@ def _decode(path):
         colour = not grey and (";16" in layout or "65535)" in layout)  # the latter of PPM
         if image.format == "PNG":
             image.load()  # its EXIF may stand behind the pixels
-        turned, largest = _orientation(image) != 1, 65535
+        turned, largest, reduction = _orientation(image) != 1, 65535, 1
+        if crops and image.format in ("JPEG", "MPO"):
+            (width, height), reduction = image.size, _reduction(*image.size, turned, crops)
+            image.draft(None, (width // reduction, height // reduction))
         if turned:
             ImageOps.exif_transpose(image, in_place=True)
         if grey:  # PIL's own conversion would clip 16 bits at 255
             values = np.array(image)
             image, largest = Image.fromarray((values >> 8).astype(np.uint8)), values.max() or 65535
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        if image.mode != "RGB":
+            image = image.convert("RGB")
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        if reduction > 1 and not turned:  # the last ones may be partly outside
+            pixels = pixels[:, :height // reduction, :width // reduction]
         if colour:  # PIL keeps the high byte, but rounds a PPM's values
             largest = 257 * max(0, int(pixels.max()) - (image.format == "PPM"))
-    return pixels, turned, int(largest)
+    return pixels, turned, int(largest), reduction
 
 
 def read_image(path):
@@ -151,16 +172,26 @@ class ImageFiles(Dataset):
 
         Raises InputError if none of the images can be decoded.
         """
+        return self.reduced(index)[:2]
+
+    def reduced(self, index, crops=()):
+        """As numbered, for ``crops`` of the image alone: its index, (3, h, w) uint8, reduction.
+
+        A JPEG that is larger than the crops, as _reduction takes them, need is decoded at 1/2, 1/4
+        or 1/8 of its size, its reduction 2, 4 or 8: h and w are H and W divided by it, rounded
+        down.  Views then differ from those of all pixels by 0.1 to 0.8 grey levels
+        on average (from blurred to noisy photos of 4000 x 3000).
+        """
         if not 0 <= index < len(self.paths):
             raise IndexError(index)
         reason = ""
         for i in chain(range(index, len(self.paths)), range(index)):
             if not self.broken[i]:
                 try:
-                    pixels, turned, largest = _decode(self.paths[i])
+                    pixels, turned, largest, reduction = _decode(self.paths[i], crops)
                     if turned or largest < 2 ** 14:
                         self.turned[i], self.narrow[i] = turned, largest < 2 ** 14
-                    return i, pixels
+                    return i, pixels, reduction
                 except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, ...
                     self.broken[i], reason = True, f": {error}"
         raise InputError(f"none of the {len(self.paths)} images can be decoded{reason}")

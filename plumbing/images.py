@@ -3,6 +3,7 @@
 The way of an image: file -> loader worker: decode, cut the views with their exact rectangles
 (uint8) -> batch -> device: colour, blur, normalise, for the whole batch at once.
 """
+import math
 import os
 import signal
 import threading
@@ -12,8 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms import InterpolationMode, RandomResizedCrop
-from torchvision.transforms.v2.functional import resized_crop
 
 from common import InputError, View, all_reduce_sum, rank, world_size
 from plumbing.files import ImageFiles, ImageFolder
@@ -41,21 +40,80 @@ def open_images(data, scenes):
 # ------------------------------------------------------------------- views and batches (in workers)
 
 
-def random_resized_crop(image, size, scale=(0.2, 1.0), interpolation=InterpolationMode.BILINEAR):
+def as_view(image, reduction=1):
+    """All of an image (3, h, w), decoded at 1 / reduction of its size, as a View; a View itself."""
+    if isinstance(image, View):
+        return image
+    corner = reduction * image.shape[2], reduction * image.shape[1]
+    return View(image, torch.tensor([0, 0, *corner], dtype=torch.float32), False)
+
+
+class Photos(Dataset):
+    """Item i: a View of all of image i, of which a method cuts its views.
+
+    images: as open_images gives them; crops: (side in pixels, least share of the image) of each
+    kind of view.  Large JPEGs are decoded at a part of their size, of which every crop still has as
+    many pixels as its view; the boxes of the Views are in the pixels of the files.
+    """
+
+    def __init__(self, images, *crops):
+        self.images, self.crops = images, crops
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        return self.numbered(index)[1]
+
+    def numbered(self, index):
+        """Image ``index``, or the one that takes its place -> its index, the View."""
+        if not isinstance(self.images, ImageFiles):
+            i, image = self.images.numbered(index)
+            return i, as_view(image)
+        i, *image = self.images.reduced(index, self.crops)
+        return i, as_view(*image)
+
+
+def random_rectangle(width, height, scale):
+    """A random rectangle (x1, y1, x2, y2) of an image, whole pixels, and a coin's side.
+
+    Its share of the area is uniform in ``scale``, log(width / height) between those of 3/4 and 4/3;
+    of ten such the first that fits into the image, or else the largest in its middle: the
+    distribution of torchvision's RandomResizedCrop, with one call for all random numbers.
+    """
+    *shapes, x, y, coin = torch.rand(23).tolist()
+    for share, ratio in zip(shapes[::2], shapes[1::2]):
+        side = math.sqrt((scale[0] + share * (scale[1] - scale[0])) * width * height)
+        root = (4 / 3) ** (ratio - 0.5)  # sqrt(w / h)
+        w, h = round(side * root), round(side / root)
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(x * (width - w + 1)), int(y * (height - h + 1))
+            break
+    else:
+        w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+        left, top = (width - w) // 2, (height - h) // 2
+    return (left, top, left + w, top + h), coin < 0.5
+
+
+def random_resized_crop(image, size, scale=(0.2, 1.0), interpolation="bilinear"):
     """A random rectangle of the image (3, H, W) uint8, resized to size x size, flipped with p 0.5.
 
-    scale: its share of the image's area; width / height is 3/4 to 4/3.  Returns a View.
+    image: or a View of all of it; scale: the rectangle's share of its area; width / height is 3/4
+    to 4/3; interpolation: as F.interpolate takes it.  Returns a View.
     """
-    top, left, height, width = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
-    pixels = resized_crop(image, top, left, height, width, [size, size], interpolation,
-                          antialias=True)
-    flipped = bool(torch.rand(()) < 0.5)
-    box = torch.tensor([left, top, left + width, top + height], dtype=torch.float32)
+    whole = as_view(image)
+    height, width = whole.pixels.shape[1:]
+    (x1, y1, x2, y2), flipped = random_rectangle(width, height, scale)
+    # as PIL's memory holds the pixels: torch is quick with these alone
+    crop = whole.pixels[None, :, y1:y2, x1:x2].contiguous(memory_format=torch.channels_last)
+    pixels = F.interpolate(crop, (size, size), mode=interpolation, antialias=True)[0]
+    reduction = whole.box[2] / width
+    box = reduction * torch.tensor([x1, y1, x2, y2], dtype=torch.float32)
     return View(pixels.flip(-1) if flipped else pixels, box, flipped)
 
 
-def two_views(image, size, scale, interpolation=InterpolationMode.BILINEAR):
-    """Two independent crops of one image (3, H, W), as random_resized_crop cuts them."""
+def two_views(image, size, scale, interpolation="bilinear"):
+    """Two independent crops of one image, as random_resized_crop cuts them."""
     return [random_resized_crop(image, size, scale, interpolation) for _ in range(2)]
 
 
@@ -67,7 +125,8 @@ class _Seeded(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        torch.manual_seed(seed_for(self.seed, epoch, index))
+        # torch.manual_seed takes a tenth of a photo's time, for the devices' generators
+        torch.default_generator.manual_seed(seed_for(self.seed, epoch, index))
         return self.draw(self.data[index])
 
 

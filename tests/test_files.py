@@ -342,3 +342,71 @@ def test_ten_broken_files_are_named_at_a_time():
         assert images.report(said.append, "left out") == 15
         assert len(said) == named
     assert [line.split("'")[1] for line in said] == [f"{i}.jpg" for i in range(15)]
+
+
+# ---------------------------------------------------------------------------------- large photos
+
+
+CROPS = ((32, 0.5),)  # sqrt(0.5 80 60 3/4) is 42: an eighth of 640 x 480 is enough
+
+
+def photo(width, height, mode="RGB"):
+    """A smooth image, the same for the same size."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 8, len(mode)), dtype=np.uint8).squeeze()
+    return Image.fromarray(coarse, mode).resize((width, height), Image.BICUBIC)
+
+
+def assert_reduced(path, reduction, tolerance=2.0):
+    """The file's reduced pixels are the means of its upright pixels; numbered are all of them."""
+    files, whole = ImageFiles([str(path)]), read_image(path)
+    _, pixels, found = files.reduced(0, CROPS)
+    assert found == reduction and torch.equal(files.numbered(0)[1], whole)
+    means = torch.nn.functional.avg_pool2d(whole.float(), reduction)
+    assert pixels.dtype == torch.uint8 and pixels.shape == means.shape
+    assert (pixels - means).abs().mean() < (tolerance if reduction > 1 else 1e-9)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_reduced_photos_are_upright(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    photo(640, 480).save(tmp_path / "even.jpg", exif=exif)
+    assert_reduced(tmp_path / "even.jpg", 8)
+    photo(644, 484).save(tmp_path / "fourth.jpg", exif=exif)
+    assert_reduced(tmp_path / "fourth.jpg", 8 if orientation == 1 else 4)
+    photo(647, 487).save(tmp_path / "odd.jpg", exif=exif)
+    assert_reduced(tmp_path / "odd.jpg", 8 if orientation == 1 else 1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("options", [dict(), dict(progressive=True), dict(subsampling=0),
+                                     dict(quality=30)])
+def test_reduced_jpegs_of_every_kind(tmp_path, mode, options):
+    photo(640, 480, mode).save(tmp_path / "0.jpg", **options)
+    assert_reduced(tmp_path / "0.jpg", 8)
+
+
+def test_only_large_jpegs_are_reduced(tmp_path):
+    photo(640, 480).save(tmp_path / "0.mpo", save_all=True, append_images=[photo(640, 480)])
+    assert_reduced(tmp_path / "0.mpo", 8)
+    for extension in ("png", "tiff", "webp", "bmp", "ppm"):
+        photo(640, 480).save(tmp_path / f"0.{extension}")
+        assert_reduced(tmp_path / f"0.{extension}", 1)
+    for width, height, reduction in ((424, 424, 8), (423, 423, 4), (103, 300, 2), (64, 900, 2),
+                                     (63, 900, 1), (500, 33, 1), (20, 20, 1)):
+        photo(width, height).save(tmp_path / "1.jpg")
+        assert_reduced(tmp_path / "1.jpg", reduction, 4)
+
+
+def test_broken_files_are_found_at_any_size(tmp_path):
+    photo(640, 480).save(tmp_path / "0.jpg")
+    content = (tmp_path / "0.jpg").read_bytes()
+    for i, cut in enumerate((0, 2, 100, 300, 700, 0.5, 0.8, 0.95, 1.0), 1):
+        end = cut if isinstance(cut, int) else int(cut * len(content))
+        (tmp_path / f"{i}.jpg").write_bytes(content[:end])
+    found = []
+    for crops in ((), CROPS):
+        files = ImageFiles([str(tmp_path / f"{i}.jpg") for i in range(10)])
+        taken = [files.reduced(i, crops)[0] for i in range(10)]
+        found.append((files.broken.tolist(), taken))
+    assert found[0] == found[1] and 7 <= sum(found[0][0]) < 9

@@ -6,10 +6,13 @@ import pytest
 import torch
 from conftest import coordinates, make_photos, process_group, start_processes
 from PIL import Image
-from torchvision.transforms import InterpolationMode
+from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as TF
 from torchvision.transforms.v2.functional import resized_crop
 
+import detco
+import dupr
+import soco
 from common import InputError, View
 from plumbing import images as im
 from plumbing.files import ImageFiles, ImageFolder
@@ -69,7 +72,7 @@ def test_bicubic_crops_are_pils():
     image = torch.from_numpy(np.array(photo)).permute(2, 0, 1)
     for size in (32, 224):  # smaller, and larger
         torch.manual_seed(0)
-        views = im.two_views(image, size, (0.2, 0.5), InterpolationMode.BICUBIC)
+        views = im.two_views(image, size, (0.2, 0.5), "bicubic")
         torch.manual_seed(0)
         plain = im.two_views(image, size, (0.2, 0.5))
         for view, bilinear in zip(views, plain):
@@ -84,6 +87,25 @@ def test_bicubic_crops_are_pils():
                                  InterpolationMode.BICUBIC, antialias=True)
             assert torch.equal(ours, again) and torch.equal(view.box, bilinear.box)
             assert (view.pixels.int() - bilinear.pixels.int()).abs().float().mean() > 0.2
+
+
+@pytest.mark.parametrize("width, height, scale", [
+    (300, 200, (0.2, 1.0)), (57, 64, (0.08, 0.5)), (240, 40, (0.3, 1.0)), (100, 800, (0.2, 1.0))])
+def test_rectangles_are_distributed_as_torchvisions(width, height, scale):
+    torch.manual_seed(0)
+    image, number = torch.empty(3, height, width), 3000
+    theirs, ours, coins = [], [], 0
+    for _ in range(number):
+        y, x, h, w = RandomResizedCrop.get_params(image, list(scale), [3 / 4, 4 / 3])
+        theirs.append([x, y, w, h, x + w, w * h, w / h])
+        (x1, y1, x2, y2), coin = im.random_rectangle(width, height, scale)
+        ours.append([x1, y1, x2 - x1, y2 - y1, x2, (x2 - x1) * (y2 - y1), (x2 - x1) / (y2 - y1)])
+        coins += coin
+    for a, b in zip(np.array(theirs).T, np.array(ours).T):
+        values = np.union1d(a, b)  # the greatest distance of the two distribution functions
+        below = [np.searchsorted(np.sort(x), values, side="right") / number for x in (a, b)]
+        assert np.abs(below[0] - below[1]).max() < 1.95 * np.sqrt(2 / number)  # p 0.001
+    assert abs(coins / number - 0.5) < 0.03
 
 
 def draw(image):
@@ -108,6 +130,70 @@ def test_views_depend_on_seed_epoch_and_image_alone(photos):
     assert all(torch.equal(a[0].pixels, b[0].pixels) for a, b in zip(zero[3:], later, strict=True))
     assert not torch.equal(zero[1][0].pixels, zero[3][0].pixels)  # another epoch
     assert not torch.equal(zero[0][0].pixels, views_of(data, 0, seed=6)[0][0].pixels)
+
+
+def gradient(path, width, height, **options):
+    """A JPEG whose red grows from 0 to 240 with x, and its green with y."""
+    x = np.broadcast_to(np.arange(width) * 240 / width, (height, width))
+    y = np.broadcast_to(np.arange(height)[:, None] * 240 / height, (height, width))
+    pixels = np.stack([x, y, np.full_like(x, 128)], axis=2)
+    Image.fromarray(pixels.round().astype(np.uint8)).save(path, quality=95, **options)
+
+
+@pytest.mark.parametrize("width, height, turned", [
+    (1600, 1200, False), (1211, 1605, False), (1200, 1600, True), (2400, 300, False)])
+def test_views_of_large_photos_keep_their_resolution_and_their_boxes(
+        tmp_path, width, height, turned):
+    exif = Image.Exif()
+    exif[0x0112] = 3 if turned else 1  # 3: upside down
+    gradient(tmp_path / "0.jpg", width, height, exif=exif)
+    images, crops = ImageFolder(tmp_path), ((96, 0.2), (40, 0.5))
+    args = [module.parse_args(f"--data x --image-size 96 --crop-scale 0.2 {flags}".split())
+            for module, flags in ((detco, "--local-size 40 --local-scale 0.5 --patch-size 8"),
+                                  (dupr, ""), (soco, "--small-size 40"))]
+    cuts = [lambda photo: im.two_views(photo, 96, (0.2, 1.0)),
+            lambda photo: im.two_views(photo, 96, (0.2, 1.0), "bicubic"),
+            lambda photo: [v.view if isinstance(v, detco.LocalView) else v
+                           for v in detco.cut_views(photo, args[0])],
+            lambda photo: dupr.cut_views(photo, args[1]),
+            lambda photo: soco.make_views((photo, torch.zeros(0, 4)), args[2])[0]]
+    photo = im.Photos(images, *crops)[0]
+    reduction = width // photo.pixels.shape[2]
+    assert reduction == (4 if height > 300 else 2)
+    assert photo.box.tolist() == [0, 0, width // reduction * reduction,
+                                  height // reduction * reduction]
+    for cut in cuts * 5:
+        for view in cut(photo):
+            x1, y1, x2, y2 = view.box.tolist()
+            size = view.pixels.shape[-1]
+            assert min(x2 - x1, y2 - y1) >= reduction * size
+            assert 0 <= x1 and x2 <= width and 0 <= y1 and y2 <= height
+            red, green = view.pixels[0].float().mean(0), view.pixels[1].float().mean(1)  # (size,)
+            red = red.flip(0) if view.flipped else red
+            centres = (torch.arange(size) + 0.5) / size
+            x, y = x1 + centres * (x2 - x1) - 0.5, y1 + centres * (y2 - y1) - 0.5
+            if turned:
+                x, y = width - 1 - x, height - 1 - y
+            inside = slice(2, -2)  # the resampling filter is cut off at the border
+            assert (red - x * 240 / width).abs()[inside].max() < 1
+            assert (green - y * 240 / height).abs()[inside].max() < 1
+    batches = [[*im.load_batches(im.Photos(images, *crops), cuts[0], 1, range(3), 0, workers)]
+               for workers in (0, 1)]
+    for a, b in zip(*batches, strict=True):
+        assert all(torch.equal(x, y) for u, v in zip(a, b) for x, y in zip(u, v))
+
+
+def test_views_of_reduced_photos_are_nearly_those_of_all_pixels(tmp_path):
+    make_photos(tmp_path, 3, size=(1600, 1200))
+    files = ImageFolder(tmp_path)
+    for i, photo in enumerate(im.Photos(files, (96, 0.2))):
+        for _ in range(5):
+            view = im.random_resized_crop(photo, 96)
+            x1, y1, x2, y2 = view.box.int().tolist()
+            whole = resized_crop(files[i], y1, x1, y2 - y1, x2 - x1, [96, 96], antialias=True)
+            whole = whole.flip(-1) if view.flipped else whole
+            assert photo.pixels.shape == (3, 300, 400)
+            assert (whole.int() - view.pixels.int()).abs().float().mean() < 0.5
 
 
 def test_an_epoch_visits_images_once():

@@ -10,9 +10,10 @@
     python tools/benchmark.py detectors --batch-size 2   a step of the papers' C4 and FPN
     python tools/benchmark.py recall --data VOC2007      selective search against annotated boxes
 
-load compares, on the same 500 x 375 JPEGs and in turn, two ways to two 224-pixel views of a photo:
-the usual chain, all of it in the loader worker (PIL crop, jitter, grey, blur, flip, tensor), and
-this project's part of a worker (decode, two crops; colour is the device's work).  step runs each
+load compares, on the same JPEGs of 500 x 375 and of 4000 x 3000 pixels and in turn, two ways to two
+224-pixel views of a photo: the usual chain, all of it in the loader worker (PIL crop, jitter, grey,
+blur, flip, tensor), and this project's part of a worker (decode, two crops; colour is the device's
+work).  step runs each
 method's own training loop, with the paper's recipe, in processes of its own, in turn, on a GPU if
 there is one: with a batch that is on the device from the start, and end to end, from 500 x 375
 JPEGs, where `waiting` is the share of time in which the loop has no batch yet.  The arithmetic is
@@ -28,6 +29,7 @@ import argparse
 import contextlib
 import csv
 import io
+import math
 import os
 import resource
 import subprocess
@@ -60,15 +62,15 @@ import vicreg  # noqa: E402
 from common import InputError, info_nce  # noqa: E402
 from detection.data import read_voc  # noqa: E402
 from detection.models import build_detector  # noqa: E402
-from plumbing.files import ImageFolder, read_image  # noqa: E402
-from plumbing.images import random_resized_crop  # noqa: E402
+from plumbing.files import ImageFiles, ImageFolder, read_image  # noqa: E402
+from plumbing.images import Photos, two_views  # noqa: E402
 from selective_search import STRATEGIES, keep_object_like, propose  # noqa: E402
 
-SIZE = (500, 375)
+SIZE, LARGE = (500, 375), (4000, 3000)
 
 
-def make_images(folder, number, data):
-    """JPEGs of 500 x 375: photos found below ``data``, resized, or smooth noise without it."""
+def make_images(folder, number, data, size=SIZE):
+    """JPEGs of a size: photos found below ``data``, resized, or smooth noise without it."""
     rng = np.random.default_rng(0)
     photos = ImageFolder(data) if data else None
     for i in range(number):
@@ -76,7 +78,7 @@ def make_images(folder, number, data):
             image = Image.fromarray(photos[i % len(photos)].permute(1, 2, 0).numpy())
         else:
             image = Image.fromarray(rng.integers(0, 256, (38, 50, 3), dtype=np.uint8))
-        image.resize(SIZE, Image.BICUBIC).save(folder / f"{i:03}.jpg", quality=90)
+        image.resize(size, Image.BICUBIC).save(folder / f"{i:03}.jpg", quality=90)
     return sorted(folder.iterdir())
 
 
@@ -101,27 +103,28 @@ def load_usual(path):
         return usual(image), usual(image)
 
 
-def load_ours(path):
-    image = read_image(path)
-    return random_resized_crop(image, 224), random_resized_crop(image, 224)
-
-
 def load(args):
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as folder:
-        paths = make_images(Path(folder), args.images, args.data)
-        speeds = {load_usual: [], load_ours: []}
-        for way in [*speeds] * (args.rounds + 1):  # in turn: a noisy machine slows both
-            start = time.perf_counter()
-            for path in paths:
-                way(path)
-            speeds[way].append(len(paths) / (time.perf_counter() - start))
-    (chain, *chains), (ours, *all_ours) = speeds.values()  # the first round warms up
-    ratios = np.array(all_ours) / np.array(chains)
-    print(f"usual chain {np.median(chains):6.0f} images/s on one core")
-    print(f"ours        {np.median(all_ours):6.0f} images/s on one core")
-    print(f"ratio       {np.median(ratios):6.1f} (of {args.rounds} rounds: {ratios.min():.1f} to "
-          f"{ratios.max():.1f})")
+    for size, number in ((SIZE, args.images), (LARGE, math.ceil(args.images / 25))):
+        with tempfile.TemporaryDirectory() as folder:
+            compare_ways(make_images(Path(folder), number, args.data, size), size, args.rounds)
+
+
+def compare_ways(paths, size, rounds):
+    photos = Photos(ImageFiles([str(path) for path in paths]), (224, 0.2))
+    ways = dict(usual=lambda i: load_usual(paths[i]),
+                ours=lambda i: two_views(photos[i], 224, (0.2, 1.0)))
+    speeds = {name: [] for name in ways}
+    for name in [*ways] * (rounds + 1):  # in turn: a noisy machine slows both
+        start = time.perf_counter()
+        for i in range(len(paths)):
+            ways[name](i)
+        speeds[name].append(len(paths) / (time.perf_counter() - start))
+    chains, ours = (np.array(found[1:]) for found in speeds.values())  # the first one warms up
+    ratios = ours / chains
+    print(f"{size[0]} x {size[1]} pixels, images/s on one core: usual chain "
+          f"{np.median(chains):.4g}, ours {np.median(ours):.4g}; ratio {np.median(ratios):.1f} "
+          f"(of {rounds} rounds: {ratios.min():.1f} to {ratios.max():.1f})", flush=True)
 
 
 METHODS = dict(moco_v2=moco_v2, detco=detco, dupr=dupr, soco=soco, barlow_twins=barlow_twins,
