@@ -254,7 +254,7 @@ def train(args, device):
                                 momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, "dupr", images, model=model, optimizer=optimizer)
     mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
-    torch.backends.cudnn.deterministic = False  # which is slower: RoI Align is not, see ``align``
+    torch.backends.cudnn.deterministic = False  # it is slower, and RoI Align is not (see align)
 
     def batches(steps=None):
         """(step, view_q, view_k), their pixels on the device, of all steps still to do or of

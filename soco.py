@@ -103,11 +103,10 @@ class Proposed(Dataset):
             return photo, random_boxes(*size)
         boxes, reduction = self.boxes[self.start[i]:self.end[i]], size[0] // photo.pixels.shape[2]
         if self.sizes[i].any():
-            fits = (self.sizes[i] // reduction * reduction).tolist() == size
+            fits = (abs(self.sizes[i] - size) < reduction).all()  # what a division leaves
         else:  # its size was not kept, as of files that were written before images were turned
             turned = getattr(self.images, "turned", None)  # which scenes have not
-            fits = (turned is None or not turned[i]) and \
-                not (boxes // reduction * reduction > size * 2).any()
+            fits = (turned is None or not turned[i]) and (boxes - size * 2 < reduction).all()
         if not fits:
             raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
                              "size or orientation: delete their file, and search anew")
@@ -278,7 +277,7 @@ def train(args, device):
     data = Proposed(images, find_proposals(args, images), (args.image_size, args.crop_scale))
     run.start_clock()
     mixed = mixed_precision(args, device)
-    torch.backends.cudnn.deterministic = False  # which is slower: RoI Align is not, see Network
+    torch.backends.cudnn.deterministic = False  # it is slower, and RoI Align is not (see Network)
 
     def batches():
         """(step, pixels, boxes, no_box): of each view on the device, and (B,) which images have no

@@ -75,13 +75,13 @@ class Photos(Dataset):
 
 
 def random_rectangle(width, height, scale):
-    """A random rectangle (x1, y1, x2, y2) of an image, whole pixels, and a coin's side.
+    """A random rectangle of an image, (x1, y1, x2, y2) in whole pixels, and whether to mirror it.
 
     Its share of the area is uniform in ``scale``, log(width / height) between those of 3/4 and 4/3;
     of ten such the first that fits into the image, or else the largest in its middle: the
     distribution of torchvision's RandomResizedCrop, with one call for all random numbers.
     """
-    *shapes, x, y, coin = torch.rand(23).tolist()
+    *shapes, x, y, mirror = torch.rand(23).tolist()
     for share, ratio in zip(shapes[::2], shapes[1::2]):
         side = math.sqrt((scale[0] + share * (scale[1] - scale[0])) * width * height)
         root = (4 / 3) ** (ratio - 0.5)  # sqrt(w / h)
@@ -92,7 +92,7 @@ def random_rectangle(width, height, scale):
     else:
         w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
         left, top = (width - w) // 2, (height - h) // 2
-    return (left, top, left + w, top + h), coin < 0.5
+    return (left, top, left + w, top + h), mirror < 0.5
 
 
 def random_resized_crop(image, size, scale=(0.2, 1.0), interpolation="bilinear"):
