@@ -38,7 +38,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
 from torchvision.ops._utils import split_normalization_params
 
-from common import InputError, all_reduce_sum, rank, world_size
+from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, keypoint_ap, mask_ap, voc07_ap
 from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
 from detection.masks import Unpacked, to_runs
@@ -106,8 +106,6 @@ def precise_batch_norm(model, train_set, args, device, run, stop):
         done = step - run.steps + 1
         if done % max(1, args.precise_bn // 10) == 0:
             run.say(f"batch norm statistics: {done}/{args.precise_bn} batches", rewrite=True)
-    for statistic in (s for norm in norms for s in (norm.running_mean, norm.running_var)):
-        statistic.copy_(all_reduce_sum(statistic) / world_size())
     return precise
 
 
@@ -129,7 +127,7 @@ def evaluate(model, dataset, args, device, run, stop):
     voc07_ap, as VOC07; with --masks also mask_ap, as masks, with --keypoints keypoint_ap.  stop:
     called before each batch."""
     if world_size() > 1:
-        for buffer in model.buffers():  # on CPUs each process has its own running statistics
+        for buffer in model.buffers():  # a variance's last digits depend on the images' sizes
             dist.broadcast(buffer, src=0)
     model.eval()
     batches = [list(range(start + rank(), min(start + args.batch_size, len(dataset)), world_size()))
@@ -224,16 +222,13 @@ def make_optimizer(model, args):
     return torch.optim.SGD(groups, args.lr * args.batch_size / 16, momentum=0.9)
 
 
-def describe(model, number, args, device):
+def describe(model, number, args):
     """One line about what is going to train, on ``number`` images."""
     layers = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
     trained = sum(m.training and m.weight.requires_grad for m in layers)
-    if world_size() == 1:
-        shared = f"with the statistics of {args.batch_size} images"
-    elif device.type == "cuda":
-        shared = f"synchronised over {world_size()} GPUs"
-    else:
-        shared = f"in each of {world_size()} processes by itself, as on all CPUs"
+    shared = f"with the statistics of {args.batch_size} images"
+    if world_size() > 1:
+        shared += f" in {world_size()} processes"
     weights = "random weights" if args.weights == "none" else args.weights
     return (f"{args.arch} {args.detector} from {weights}: {number} images, {len(args.classes)} "
             f"classes; {trained} of {len(layers)} batch norm layers train, {shared}")
@@ -292,7 +287,6 @@ def train(args, device):
         restore(model, load_fine_tuned(args.eval_only), args.eval_only)
         run = Run(args, "finetune_fasterrcnn", test_set, steps=0)
         return measure(model, test_set, args, device, run)
-    # Differs: on CPUs batch norm is not synchronised, as torch cannot
     model = detector_from_args(args)
     needed = bytes_of_a_step(model, args, device)
     model, ddp = distribute(model, device, sync_batch_norm=True)
@@ -308,7 +302,7 @@ def train(args, device):
     if isinstance(test_set, Annotated):
         test_set.decode(args.workers, run.say)
     model.train()
-    run.say(describe(model, len(train_set), args, device))
+    run.say(describe(model, len(train_set), args))
     warn_of_size(needed, args, device, run)
     # Differs: bfloat16 on GPUs, but for boxes and losses.  RoIAlign's backward pass adds in no
     # fixed order there, so that a resumed run equals an uninterrupted one only nearly.

@@ -129,12 +129,12 @@ def train(args, device):
     fit_recipe(args, len(images))
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
-    if args.batch_size < 2 * (world_size() if device.type == "cpu" else 1):
-        raise InputError(f"batch size {args.batch_size}: batch norm needs two images per process")
+    if args.batch_size < 2:
+        raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     weights = args.invariance, args.variance, args.covariance
     model = VICReg(args.arch, args.dim, weights)
-    # Differs: on CPUs batch norm is not synchronised; bfloat16 on GPUs, where the loss is float32
+    # Differs: bfloat16 on GPUs, where the loss is float32
     model, ddp = distribute(model, device, sync_batch_norm=True)
     by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
                               [*LEARNING_RATES.values()])  # constant below the least size

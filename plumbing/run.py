@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import InputError, all_gather, all_reduce_sum, rank, world_size
+from common import (InputError, all_gather, all_reduce_sum, rank, synchronise_batch_norm,
+                    world_size)
 from plumbing.images import load_batches, seed_for, steps_per_epoch
 from plumbing.weights import load_checkpoint, save_checkpoint, save_tensors
 
@@ -95,14 +96,13 @@ def setup():
 def distribute(model, device, sync_batch_norm=False):
     """Move a model to its device -> the model, and its wrapper for several processes (or itself).
 
-    sync_batch_norm: share batch norm's statistics over processes; on CPUs, where torch cannot, each
-    process has its own.
+    sync_batch_norm: share batch norm's statistics over processes.
     """
     model = model.to(device, memory_format=torch.channels_last)
     if world_size() == 1:
         return model, model
-    if sync_batch_norm and device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if sync_batch_norm:
+        synchronise_batch_norm(model)
     return model, DistributedDataParallel(model, broadcast_buffers=False,
                                           gradient_as_bucket_view=True)
 

@@ -20,6 +20,7 @@ from detection.masks import Unpacked
 from detection.models import build_detector, detect
 from plumbing.figures import read_log
 from plumbing.images import seed_for
+from plumbing.run import distribute
 from plumbing.weights import save_checkpoint
 
 def test_step_schedule():
@@ -121,7 +122,7 @@ def evaluate_everywhere(number, world, path):
             "gloo", init_method=f"file://{path}/store{world}", rank=number, world_size=world)
     data = LabelledScenes(23, seed=3, masks=True, keypoints=True)
     args = SimpleNamespace(batch_size=6, workers=0, dataset="voc", masks=True, keypoints=True)
-    torch.manual_seed(number)  # statistics that differ between processes, as on CPUs
+    torch.manual_seed(number)  # buffers that differ between processes
     oracle = Oracle(data)
     ap = ft.evaluate(oracle, data, args, torch.device("cpu"), Silent(), lambda: None)
     (path / f"{world}-{number}.json").write_text(json.dumps(ap))
@@ -237,8 +238,8 @@ class Batches(Silent):
 
 
 def precise_everywhere(number, world, path):
-    """What precise_batch_norm makes of a detector; and, beside it, each batch norm layer's mean and
-    variance in each batch of this process."""
+    """What precise_batch_norm makes of a detector; and, beside it, each batch norm layer's input in
+    each batch of this process."""
     torch.set_num_threads(1)
     if world > 1:
         torch.distributed.init_process_group(
@@ -248,6 +249,7 @@ def precise_everywhere(number, world, path):
     model = build_detector("resnet18", 6, "fpn", 16, [64], 64, 8, 8, box_head="4conv1fc").train()
     for buffer in model.buffers():
         buffer += 1 + number  # as from training
+    model, _ = distribute(model, torch.device("cpu"), sync_batch_norm=True)
     before, run = copy.deepcopy(model), Batches()
     model = ft.precise_batch_norm(model, data, args, torch.device("cpu"), run, run.stop_if_asked)
     assert not run.saved and model.training
@@ -255,7 +257,7 @@ def precise_everywhere(number, world, path):
     for name, module in before.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.register_forward_pre_hook(lambda _m, inputs, name=name: seen.setdefault(
-                name, []).append((inputs[0].mean((0, 2, 3)), inputs[0].var((0, 2, 3)))))
+                name, []).append(inputs[0].detach()))
     for _, batch in Batches().batches(data, training_item, range(5, 7), list):
         before([image / 255 for image, _ in batch], [target for _, target in batch])
     torch.save((model.state_dict(), seen), path / f"{world}-{number}.pt")
@@ -272,10 +274,11 @@ def test_precise_statistics_are_the_means_of_those_of_the_batches(tmp_path):
         states, seen = zip(*(torch.load(tmp_path / f"{world}-{n}.pt") for n in range(world)))
         assert len(seen[0]) == 20 + 8 + 4  # of ResNet-18, the FPN, the box head
         for name in seen[0]:
-            batches = [statistics for share in seen for statistics in share[name]]
-            assert len(batches) == 2 * world
-            for k, values in zip(("running_mean", "running_var"), zip(*batches)):
-                torch.testing.assert_close(states[0][f"{name}.{k}"], sum(values) / len(values))
+            batches = [torch.cat(shares) for shares in zip(*(share[name] for share in seen))]
+            assert len(batches) == 2
+            for k, values in (("running_mean", [x.mean((0, 2, 3)) for x in batches]),
+                              ("running_var", [x.var((0, 2, 3)) for x in batches])):
+                torch.testing.assert_close(states[0][f"{name}.{k}"], sum(values) / 2)
                 assert all(torch.equal(states[0][f"{name}.{k}"], s[f"{name}.{k}"]) for s in states)
     one, two = (torch.load(tmp_path / f"{n}-0.pt")[0] for n in (1, 2))
     assert all(torch.equal(one[k], two[k]) for k in one if "running" not in k)

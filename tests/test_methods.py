@@ -25,6 +25,7 @@ import torchvision
 from conftest import (ROOT, assert_identical, column, make_photos, process_group, refusal,
                       start_processes)
 from PIL import Image
+from torch.utils._pytree import tree_map
 
 import barlow_twins
 import common
@@ -443,16 +444,16 @@ def take(batch, rows):
 
 def one_step(case):
     """With the whole batch, or in one of two processes with its half -> the loss, and the sums that
-    it is made of, of each process; gradients; queues."""
+    it is made of, of each process; gradients; what every process has the same buffers of."""
     name, (options, *batch) = case.split(",")[0], CASES[case]
     if "bn_groups" in options:
         options = {**options, "bn_groups": options["bn_groups"] // common.world_size()}
     torch.manual_seed(0)
     model, batch = METHODS[name].tests.small(**options), METHODS[name].tests.batch(*batch)
-    if name not in CONTRASTIVE:  # in eval mode, as batch norm on CPUs is each process's own
-        METHODS[name].tests.settled(model)
-    if "correlation.png" in METHODS[name].files:  # exact sums over the processes
-        model, batch = model.double(), [view.double() for view in batch]
+    if name == "soco":
+        test_soco.settled(model).train()
+    if name not in CONTRASTIVE:  # exact sums over the processes
+        model, batch = model.double(), tree_map(torch.Tensor.double, batch)
     model, ddp = distribute(model, torch.device("cpu"), sync_batch_norm=name not in CONTRASTIVE)
     share = CASES[case][1] // common.world_size()
     torch.manual_seed(3 + common.rank())  # what the first process draws is what counts
@@ -464,7 +465,8 @@ def one_step(case):
             if term in ("invariance", "redundancy", "variance", "covariance")]
     return (common.all_gather(torch.stack([result[0].detach(), *sums])[None]),
             {n: p.grad if p.grad is None else p.grad.clone() for n, p in model.named_parameters()},
-            {n: buffer for n, buffer in model.named_buffers() if "queue" in n})
+            {n: buffer for n, buffer in model.named_buffers()
+             if "queue" in n or name not in CONTRASTIVE})  # batch norm's statistics of all
 
 
 def one_of_two(number, folder):
@@ -636,7 +638,7 @@ def test_arguments_that_cannot_be_are_one_line(tmp_path, name):
         refused["--queue-size 7"] = "queue size 7 is less than the 8 keys of a step"
         refused["--batch-size 14 --bn-groups 8"] = "batch size 14 does not divide into 8"
     else:
-        refused["--batch-size 1"] = "batch size 1: batch norm needs two images per process"
+        refused["--batch-size 1"] = "batch size 1: batch norm needs two images"
     if name not in ("detco", "soco"):
         refused["--image-size 16 --precision bfloat16"] = "images of more than 16 pixels, not 16"
     for flags, message in refused.items():

@@ -13,6 +13,7 @@ from common import InputError, backbone_stages, resnet_stages
 from detection.data import LabelledScenes, training_item
 from detection.models import (RoIHeads, box_head_losses, build_detector, detect,
                               training_bytes)
+from plumbing.run import distribute
 from plumbing.weights import detectron2_name, save_checkpoint, save_tensors
 
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=8, rois=16)
@@ -461,14 +462,14 @@ def gradients(number, world, path):
     for detector in ("fpn", "c4"):
         torch.manual_seed(0)
         model = build_detector("resnet18", 6, detector, 16, [128], 128, 8, 16).train()
-        for module in model.modules():  # whose statistics are of a process's own images
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.eval()
-        ddp = model if world == 1 else torch.nn.parallel.DistributedDataParallel(model)
+        for module in model.modules():  # all in float64: batch norm makes rounding errors larger
+            module._forward_hooks.clear()
+        model, ddp = distribute(model.double(), torch.device("cpu"), sync_batch_norm=True)
         mine = [training_item(data[i]) for i in range(4)][number * share:(number + 1) * share]
         randperm = torch.randperm  # by which RPN and box head sample
         torch.randperm = lambda n, device: torch.from_numpy(np.random.default_rng(n).permutation(n))
-        sum(ddp([image / 255 for image, _ in mine], [t for _, t in mine]).values()).backward()
+        sum(ddp([image.double() / 255 for image, _ in mine],
+                [dict(t, boxes=t["boxes"].double()) for _, t in mine]).values()).backward()
         torch.randperm = randperm
         found.update({f"{detector} {n}": p.grad for n, p in model.named_parameters()})
     if number == 0:

@@ -17,6 +17,7 @@ from detection.data import LabelledScenes, training_item
 from detection.models import build_detector, detect, training_bytes
 from detection.anchors import Anchors
 from detection.retinanet import STRIDES
+from plumbing.run import distribute
 from plumbing.weights import detectron2_name, save_checkpoint
 
 SMALL = dict(fpn_channels=16, min_size=[64], max_size=64, anchor_size=16)
@@ -248,14 +249,13 @@ def gradients(number, world, path):
     model, share = small(6).train(), 2 // world
     scenes = LabelledScenes(4, seed=3)
     data = [training_item(scenes[i]) for i in range(4)]
-    for module in model.modules():  # whose statistics are of a process's own images
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.eval()
-    ddp = model if world == 1 else torch.nn.parallel.DistributedDataParallel(
-        model, broadcast_buffers=False)
+    for module in model.modules():  # all in float64: batch norm makes rounding errors larger
+        module._forward_hooks.clear()
+    model, ddp = distribute(model.double(), torch.device("cpu"), sync_batch_norm=True)
     for batch in (data[:2], data[2:]):
         mine = batch[number * share:(number + 1) * share]
-        sum(ddp([image / 255 for image, _ in mine], [t for _, t in mine]).values()).backward()
+        sum(ddp([image.double() / 255 for image, _ in mine],
+                [dict(t, boxes=t["boxes"].double()) for _, t in mine]).values()).backward()
     if number == 0:
         torch.save([model.positives, *(p.grad for p in model.parameters())], path / f"{world}.pt")
     if world > 1:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import finetune_fasterrcnn
 import moco_v2
-from common import InputError, Queue, cosine_schedule
+from common import InputError, Queue, SyncBatchNorm, cosine_schedule
 from plumbing import run as plumbing
 from plumbing.figures import read_log
 from plumbing.flags import Parser, add_run_arguments, fit_recipe, real, whole
@@ -664,18 +664,18 @@ def one_of_two(number, folder):
             redirect_stdout(out):
         assert gather_objects({"rank": number}) == [{"rank": 0}, {"rank": 1}]
         net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
-        model, ddp = distribute(net, CPU, sync_batch_norm=True)  # which torch cannot on CPUs
-        assert model is net and type(net[1]) is nn.BatchNorm2d
+        model, ddp = distribute(net, CPU, sync_batch_norm=True)
+        assert model is net and type(net[1]) is SyncBatchNorm
         assert isinstance(ddp, DistributedDataParallel) and ddp.module is model
         assert ddp.gradient_as_bucket_view and not ddp.broadcast_buffers
-        x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(number))
-        for _ in range(2):  # buffers would be broadcast before the second
-            ddp(x).square().sum().backward()
+        x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        ddp(x[number]).square().sum().backward()
         plain = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         plain[0].load_state_dict(model[0].state_dict())
-        for _ in range(2):
-            plain(x)
-        torch.testing.assert_close(model[1].running_mean, plain[1].running_mean)
+        plain(x.flatten(0, 1))
+        torch.testing.assert_close(model[1].state_dict(), plain[1].state_dict())
+        apart, _ = distribute(plain, CPU)
+        assert type(apart[1]) is nn.BatchNorm2d
         assert model[0].weight.grad.untyped_storage().nbytes() > 4 * 216  # of all: the bucket
 
         train(parse_args(["--out", str(folder / "two")]), CPU)
@@ -707,6 +707,8 @@ def test_one_process_is_not_wrapped():
     net = nn.Conv2d(3, 8, 3)
     model, ddp = distribute(net, CPU, sync_batch_norm=True)
     assert model is ddp is net and net.weight.is_contiguous(memory_format=torch.channels_last)
+    net = nn.BatchNorm2d(8)
+    assert distribute(net, CPU, sync_batch_norm=True)[0] is net and type(net) is nn.BatchNorm2d
 
 
 # ----------------------------------------------------------------------- the commands, in processes
@@ -800,7 +802,7 @@ def test_stopped_under_torchrun_and_started_again(tmp_path):
         text = (tmp_path / f"stopped-{name}.txt").read_text()
         assert f"resuming after step {step}\n" in text
         assert text.count(f"step {last}/") == 1  # said once for all processes
-        assert ("in each of 2 processes by itself" in text) == (name == "adam")
+        assert ("the statistics of 4 images in 2 processes" in text) == (name == "adam")
         whole, resumed = (saved(tmp_path / folder, name) for folder in ("whole", "stopped"))
         assert whole["step"] == last
         assert_identical(whole, resumed)
