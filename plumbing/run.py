@@ -19,8 +19,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from common import (InputError, all_gather, all_reduce_sum, rank, synchronise_batch_norm,
-                    world_size)
+from common import InputError, all_gather, all_reduce_sum, rank, world_size
+from plumbing.batch_norm import synchronise_batch_norm
 from plumbing.images import load_batches, seed_for, steps_per_epoch
 from plumbing.weights import load_checkpoint, save_checkpoint, save_tensors
 
@@ -54,7 +54,7 @@ def launch(work, parse_args, argv=None):
                  f"error: {why}; run the same command again to resume")
     except (InputError, OSError) as error:
         if local_rank:  # the first process says what all know, and torchrun then ends the others;
-            time.sleep(3)  # one that is still there has something of its own to say
+            time.sleep(10)  # one that is still there has something of its own to say
         full_disk = isinstance(error, OSError) and error.filename is None
         where = f"{out}: " if full_disk else ""
         sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())

@@ -26,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import finetune_fasterrcnn
 import moco_v2
-from common import InputError, Queue, SyncBatchNorm, cosine_schedule
+from common import InputError, Queue, cosine_schedule
 from plumbing import run as plumbing
+from plumbing.batch_norm import SyncBatchNorm
 from plumbing.figures import read_log
 from plumbing.flags import Parser, add_run_arguments, fit_recipe, real, whole
 from plumbing.images import open_images, seed_for
