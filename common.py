@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from torchvision.ops import box_area, roi_align
+
+# Imported within functions, torchvision does not delay --help: it takes as long to load as torch
 
 
 class InputError(ValueError):
@@ -195,6 +195,7 @@ def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4, zero_init_residual=F
     zero_init_residual: the last batch norm of each residual block starts at 0, so that the block
     passes on its input (Goyal et al. 2017, arXiv 1706.02677, Sec. 5.1).
     """
+    import torchvision
     known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
     if arch not in known:
         raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
@@ -228,9 +229,16 @@ class SwinStages(nn.Module):
 def backbone_stages(arch, zero_init_residual=False):
     """The torchvision Swin Transformer or ResNet called ``arch``, randomly initialised;
     zero_init_residual: of ResNets, as resnet_stages takes it."""
+    import torchvision
     if arch.startswith("swin_") and arch in torchvision.models.list_models(torchvision.models):
         return SwinStages(torchvision.models.get_model(arch, weights=None))
     return resnet_stages(arch, zero_init_residual=zero_init_residual)
+
+
+def mlp(channels, widths, **options):
+    """Linear layers of these widths with ReLU between them: torchvision's MLP, with its options."""
+    from torchvision.ops import MLP
+    return MLP(channels, widths, **options)
 
 
 class PyramidRoIAlign(nn.Module):
@@ -251,15 +259,20 @@ class PyramidRoIAlign(nn.Module):
         Lin et al. 2017, arXiv 1612.03144, Eq. (1), with detectron2's 1e-8 (modeling/poolers.py);
         the borders of torchvision's rule are lower by 0.7 millionths.
         """
-        k = (4 + torch.log2(box_area(boxes).sqrt() / self.canonical + 1e-8)).floor()
+        sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
+        k = (4 + torch.log2(sides / self.canonical + 1e-8)).floor()
         lowest, highest = math.log2(self.strides[0]), math.log2(self.strides[-1])
         return (k.clamp(lowest, highest) - lowest).long()
+
+    def pool(self, x, rois, stride):
+        """A level (B, C, H/s, W/s) and RoIs (N, 5) -> (N, C, S, S)."""
+        from torchvision.ops import roi_align
+        return roi_align(x, rois, self.size, 1 / stride, aligned=True)
 
     def pool_all(self, features, rois, levels):
         """RoIs (N, 5) -> (N, C, S, S), of every level all of them: those of other levels as empty
         boxes, which have no samples and give 0.  Nothing waits for a GPU to count a level's."""
-        return sum(roi_align(x, rois.masked_fill((levels != i).unsqueeze(1), 0), self.size,
-                             1 / stride, aligned=True)
+        return sum(self.pool(x, rois.masked_fill((levels != i).unsqueeze(1), 0), stride)
                    for i, (x, stride) in enumerate(zip(features, self.strides)))
 
     def pool_each(self, features, rois, levels):
@@ -267,7 +280,7 @@ class PyramidRoIAlign(nn.Module):
         regions = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
         for i, (x, stride) in enumerate(zip(features, self.strides)):
             here = (levels == i).nonzero().squeeze(1)
-            regions[here] = roi_align(x, rois[here], self.size, 1 / stride, aligned=True)
+            regions[here] = self.pool(x, rois[here], stride)
         return regions
 
     def forward(self, features, boxes, _image_sizes=None):
@@ -279,7 +292,7 @@ class PyramidRoIAlign(nn.Module):
         rois = torch.cat([image.unsqueeze(1), boxes], dim=1)  # (N, 5)
         features = [*features.values()][:len(self.strides)]
         if len(features) == 1:
-            return roi_align(features[0], rois, self.size, 1 / self.strides[0], aligned=True)
+            return self.pool(features[0], rois, self.strides[0])
         pool = self.pool_each if boxes.device.type == "cpu" else self.pool_all
         return pool(features, rois, self.map_levels(boxes))
 

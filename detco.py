@@ -46,11 +46,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import MLP
-from torchvision.transforms import RandAugment
 
 from common import (Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
-                    cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
+                    cosine_schedule, encode_shuffled, info_nce, mlp, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
 from plumbing.images import (Photos, augment_colour, open_images, random_resized_crop,
@@ -85,6 +83,7 @@ def cut_patches(pixels, corners, size):
 
 def cut_views(image, args):
     """Two global views of one image and, unless --no-local, two local ones; all independent."""
+    from torchvision.transforms import RandAugment
     # Paper silent: RandAugment's numbers; these are torchvision's, 2 operations at 9 of 30.  It
     # comes before the colours of MoCo v2.
     augment = RandAugment() if args.rand_augment else nn.Identity()
@@ -108,8 +107,8 @@ class Encoder(nn.Module):
         # "except for the input channel".  With ResNet-50 the global heads have 9 million weights,
         # the local ones 72 million; the ResNet has 24 million.
         channels, hidden = self.stages.channels, self.stages.channels[-1]
-        self.global_heads = nn.ModuleList(MLP(channels[i], [hidden, dim]) for i in levels)
-        self.local_heads = nn.ModuleList(MLP(9 * channels[i], [hidden, dim])
+        self.global_heads = nn.ModuleList(mlp(channels[i], [hidden, dim]) for i in levels)
+        self.local_heads = nn.ModuleList(mlp(9 * channels[i], [hidden, dim])
                                          for i in levels if local)
 
     def forward(self, x):

@@ -33,10 +33,9 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import MLP
 
 from common import (Queue, SplitBatchNorm, batch_norm_groups, contrast_statistics,
-                    cosine_schedule, encode_shuffled, info_nce, momentum_update, resnet_stages)
+                    cosine_schedule, encode_shuffled, info_nce, mlp, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
 from plumbing.images import Photos, augment_colour, open_images, two_views
@@ -53,7 +52,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.stages = resnet_stages(arch, partial(SplitBatchNorm, groups=bn_groups))
         width = self.stages.channels[-1]
-        self.head = MLP(width, [width, dim])
+        self.head = mlp(width, [width, dim])
 
     def forward(self, images):
         res5 = self.stages(images)[-1]  # (B, C, H/32, W/32)

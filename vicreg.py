@@ -38,10 +38,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import MLP
 
 from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
-                    cosine_schedule, world_size)
+                    cosine_schedule, mlp, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_normalisation_arguments,
                             add_run_arguments, fit_recipe, parse_recipe, real, whole)
 from plumbing.images import (Photos, augment_colour, measure_normalisation, open_images,
@@ -105,7 +104,7 @@ class VICReg(nn.Module):
         self.weights = weights
         self.stages = backbone_stages(arch, zero_init_residual=True)  # as the authors' code
         # Differs: 2048 wide, as in the report; the paper's is 8192 wide
-        self.projector = MLP(self.stages.channels[-1], [dim] * 3, norm_layer=nn.BatchNorm1d,
+        self.projector = mlp(self.stages.channels[-1], [dim] * 3, norm_layer=nn.BatchNorm1d,
                              bias=False)  # batch norm and ReLU between
 
     def embed(self, images):

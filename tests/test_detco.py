@@ -246,7 +246,8 @@ def test_rand_augment_changes_the_pixels_of_all_four_views(monkeypatch):
 
     assert all(v.pixels.dtype == torch.uint8 for v in draw("--rand-augment")[0])
     views, corners = draw()
-    monkeypatch.setattr(detco, "RandAugment", lambda: lambda pixels: 255 - pixels)
+    monkeypatch.setattr(torchvision.transforms, "RandAugment",
+                        lambda: lambda pixels: 255 - pixels)
     changed, same_corners = draw("--rand-augment")
     for a, b in zip(views, changed):
         assert torch.equal(a.box, b.box) and a.flipped == b.flipped
