@@ -394,7 +394,7 @@ def test_two_processes_share_the_images_and_say_what_is_broken_once(tmp_path):
     assert (tmp_path / "1.txt").read_text() == ""
     assert out.count("cannot decode") == 1  # whichever of them found it
     assert out.count("105 images:  --mean ") == out.count("1 images:  --mean ") == 1
-    shares = [torch.load(tmp_path / f"{number}.pt") for number in range(2)]
+    shares = [torch.load(tmp_path / f"{number}.pt", weights_only=True) for number in range(2)]
     whole = torch.stack([*im.load_batches(torch.arange(23), lambda x: x, 6, range(8), 0, 0)])
     assert torch.equal(torch.cat(shares, dim=1), whole)  # in rank order
     with pytest.raises(InputError, match="batch size 24 is more than all 23 images"):
