@@ -271,7 +271,8 @@ def test_precise_statistics_are_the_means_of_those_of_the_batches(tmp_path):
     precise_everywhere(0, 1, tmp_path)
     start_processes(precise_everywhere, (2, tmp_path), 2)
     for world in (1, 2):
-        states, seen = zip(*(torch.load(tmp_path / f"{world}-{n}.pt") for n in range(world)))
+        states, seen = zip(*(torch.load(tmp_path / f"{world}-{n}.pt", weights_only=True)
+                             for n in range(world)))
         assert len(seen[0]) == 20 + 8 + 4  # of ResNet-18, the FPN, the box head
         for name in seen[0]:
             batches = [torch.cat(shares) for shares in zip(*(share[name] for share in seen))]
@@ -280,7 +281,7 @@ def test_precise_statistics_are_the_means_of_those_of_the_batches(tmp_path):
                               ("running_var", [x.var((0, 2, 3)) for x in batches])):
                 torch.testing.assert_close(states[0][f"{name}.{k}"], sum(values) / 2)
                 assert all(torch.equal(states[0][f"{name}.{k}"], s[f"{name}.{k}"]) for s in states)
-    one, two = (torch.load(tmp_path / f"{n}-0.pt")[0] for n in (1, 2))
+    one, two = (torch.load(tmp_path / f"{n}-0.pt", weights_only=True)[0] for n in (1, 2))
     assert all(torch.equal(one[k], two[k]) for k in one if "running" not in k)
 
 

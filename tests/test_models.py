@@ -481,7 +481,7 @@ def gradients(number, world, path):
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     gradients(0, 1, tmp_path)
     start_processes(gradients, (2, tmp_path), 2)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert one.keys() == two.keys()
     for name, gradient in one.items():
         assert gradient.abs().max() > 0, name

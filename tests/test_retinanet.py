@@ -265,7 +265,7 @@ def gradients(number, world, path):
 def test_two_processes_have_the_gradients_of_one(tmp_path):
     gradients(0, 1, tmp_path)
     start_processes(gradients, (2, tmp_path), 2)
-    one, two = (torch.load(tmp_path / f"{world}.pt") for world in (1, 2))
+    one, two = (torch.load(tmp_path / f"{world}.pt", weights_only=True) for world in (1, 2))
     assert len(one) == len(two) and one[0] == two[0] != 50
     for a, b in zip(one, two):
         assert a.abs().max() > 0 and (a - b).norm() <= 1e-5 * a.norm()
