@@ -33,7 +33,8 @@ FOUND = list(commands())
 def test_there_are_commands():
     for name in ("README.md", "RESULTS.md"):
         assert len([text for text, *_ in FOUND if text == name]) >= 6
-    assert {script for _, script, _ in FOUND} == {*SCRIPTS, "tools/benchmark", "tools/stress"}
+    assert {script for _, script, _ in FOUND} == {
+        *SCRIPTS, "tools/benchmark", "tools/stress", "tools/table"}
     assert {*METHODS} == {"moco_v2", "detco", "dupr", "soco", "selective_search", "barlow_twins",
                           "vicreg"}
 

@@ -78,8 +78,8 @@ def print_table(names, found, iterations, against):
               + " | ".join(differences) + " |")
 
 
-def main():
-    """The command."""
+def parse_args(argv=None):
+    """The command's flags."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -92,7 +92,12 @@ def main():
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--threads", type=int, default=1, help="of each of them")
     add("--out", type=Path, default=Path("runs/table"))
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main():
+    """The command."""
+    args = parse_args()
     names = [row.split("=", 1)[0] for row in args.rows]
     tasks = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
