@@ -40,7 +40,8 @@ def all_gather(x):
     if world_size() == 1:
         return x
     gathered = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    dist.all_gather(list(gathered.chunk(world_size())), x.contiguous())
+    new_name, name = "all_gather_single", "all_gather_into_tensor"  # since torch 2.14, before
+    getattr(dist, new_name if hasattr(dist, new_name) else name)(gathered, x.contiguous())
     return gathered
 
 
