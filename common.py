@@ -271,13 +271,13 @@ class PyramidRoIAlign(nn.Module):
         return roi_align(x, rois, self.size, 1 / stride, aligned=True)
 
     def pool_all(self, features, rois, levels):
-        """RoIs (N, 5) -> (N, C, S, S), of every level all of them: those of other levels as empty
-        boxes, which have no samples and give 0.  Nothing waits for a GPU to count a level's."""
+        """RoIs (N, 5) -> (N, C, S, S), all pooled on every level: where a RoI is of another level
+        it is an empty box, which gives 0.  So nothing waits for the GPU to count a level's RoIs."""
         return sum(self.pool(x, rois.masked_fill((levels != i).unsqueeze(1), 0), stride)
                    for i, (x, stride) in enumerate(zip(features, self.strides)))
 
     def pool_each(self, features, rois, levels):
-        """The same, of every level its own RoIs alone: on CPUs up to 1.4 times as fast."""
+        """The same, each level pooling its own RoIs alone: on CPUs up to 1.4 times as fast."""
         regions = features[0].new_zeros(len(rois), features[0].shape[1], self.size, self.size)
         for i, (x, stride) in enumerate(zip(features, self.strides)):
             here = (levels == i).nonzero().squeeze(1)

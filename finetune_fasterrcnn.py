@@ -16,7 +16,10 @@ Commands
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE \
         --masks
-    (--detector retinanet in place of --masks: DetCo's Table 5; with --fraction 0.01 too, Table 12)
+    (--detector retinanet or --keypoints in place of --masks: DetCo's Table 5; the former with
+    --fraction 0.01 too: Table 12)
+    python finetune_fasterrcnn.py --keypoints --optimizer adam --schedule 1x --lr 1e-3 \
+        --iterations 1500                                                 of scenes, an hour
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
 Splits, for --train-split and --test-split; several are joined

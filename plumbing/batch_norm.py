@@ -9,8 +9,8 @@ from common import all_gather, all_reduce_sum, world_size
 
 
 class _NormaliseByAll(torch.autograd.Function):
-    """F.batch_norm by the mean and variance (C,) over all processes, to which the values of x
-    contribute, ``number`` of each channel together with the other processes'."""
+    """Normalise x (B, C, ...) by the mean and variance (C,) of all processes' values, ``number`` of
+    each channel; the gradient is that of the statistics too."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, mean, var, eps, number):
@@ -43,25 +43,25 @@ class _NormaliseByAll(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """Batch norm of (B, C) or (B, C, ...) with the statistics of all processes' batches, on GPUs
+    """Batch norm of (B, C) or (B, C, H, W) with the statistics of all processes' batches, on GPUs
     and on CPUs; unlike torch's it does not wait for the GPU.  In eval mode, and in its state dict,
     it is BatchNorm2d.
     """
 
-    # Differs: each process has the same weight; torch's weighs by the number of values, which
-    # differs where a detector's images differ in size
     def _check_input_dim(self, x):
-        """BatchNorm2d's takes (B, C, H, W) alone."""
+        """Take (B, C) too, which BatchNorm2d refuses."""
 
     @torch.no_grad()
     def statistics(self, x):
         """The mean and the variance (C,) over all processes, in float32 at least."""
-        own = self.running_mean, self.running_var  # of no values, as of a head without boxes
+        own = self.running_mean, self.running_var  # without values, as of a head without boxes
         if x.numel():
             unused = torch.empty_like(self.running_mean)
             own = torch.batch_norm_update_stats(x, unused, unused, 0.0)
         means, variances = all_gather(torch.stack(own)[None]).unbind(1)  # (processes, C) each
-        # from squares of differences, to which a large mean does not matter (Chan et al. 1979)
+        # Differs: each process has the same weight; torch's weighs by the number of values, which
+        # differs where a detector's images differ in size.
+        # From squares of differences, so that a large mean costs no digits (Chan et al. 1979)
         between, mean = torch.var_mean(means, dim=0, correction=0)
         return mean, variances.mean(0) + between
 
@@ -80,7 +80,7 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def synchronise_batch_norm(model):
-    """Turn a model's BatchNorm1d and BatchNorm2d layers into SyncBatchNorm, where they stand."""
+    """Turn a model's BatchNorm1d and BatchNorm2d layers into SyncBatchNorm, in place."""
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            module.__class__ = SyncBatchNorm  # it has their parameters, buffers and options
+            module.__class__ = SyncBatchNorm  # of the same parameters, buffers and options
