@@ -92,7 +92,11 @@ def parse_args(argv=None):
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--threads", type=int, default=1, help="of each of them")
     add("--out", type=Path, default=Path("runs/table"))
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for row in args.rows:
+        if "=" not in row:
+            parser.error(f"{row}: a row is NAME=SCRIPT FLAGS, or NAME=none")
+    return args
 
 
 def main():
