@@ -54,7 +54,7 @@ def launch(work, parse_args, argv=None):
                  f"error: {why}; run the same command again to resume")
     except (InputError, OSError) as error:
         if local_rank:  # the first process says what all know, and torchrun then ends the others;
-            time.sleep(10)  # one that is still there has something of its own to say
+            time.sleep(5)  # one that is still there has something of its own to say
         full_disk = isinstance(error, OSError) and error.filename is None
         where = f"{out}: " if full_disk else ""
         sys.exit(f"error: {where}" + str(error).rsplit("InputError: ", 1)[-1].strip())

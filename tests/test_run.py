@@ -198,7 +198,7 @@ def test_errors_that_a_user_can_put_right_are_one_line(monkeypatch):
             (killed, f"error: {str(killed)}{again}")):
         assert launched(error, monkeypatch) == line and not waited
         assert launched(error, monkeypatch, local_rank=1) == line  # after the first process's
-        assert waited == ([] if error is killed else [10])
+        assert waited == ([] if error is killed else [5])
         waited.clear()
     for error in (ConnectionResetError("Connection reset by peer"), EOFError(),
                   RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer")):
