@@ -209,6 +209,16 @@ def _add_object_heads(heads, detector, channels, num_classes, masks, keypoints, 
         heads.keypoint_head, heads.keypoint_predictor = keypoint_layers(channels, 2 * channels)
 
 
+def _retinanet(backbone, num_classes, anchor_size, rest, weights, min_size, max_size, mean, std):
+    """RetinaNet on a pyramid, the parts of which are loaded from ``rest``, tensors of the file
+    ``weights``, where it has them."""
+    model = RetinaNet(backbone, num_classes, anchor_size, min_size=tuple(min_size),
+                      max_size=max_size, image_mean=list(mean), image_std=list(std))
+    for name, part in pyramid_parts(model.backbone.fpn, rest).items():
+        load_part(part, name, rest, weights)
+    return in_float32(model, model.head.classification_head, model.head.regression_head)
+
+
 def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size=(800,),
                    max_size=1333, anchor_size=32, rois=512, weights="none", box_head=None,
                    mean=IMAGENET_MEAN, std=IMAGENET_STD, backbone_only=False, masks=False,
@@ -224,22 +234,18 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     losses; in eval mode a list of dicts boxes, labels (from 1), scores, at most 100 of an image.
     With masks, targets also have bitmasks (n, H, W) bool, and the dicts mask_probabilities
     (n, S, S), S = 28 of the FPN, 14 of C4; with keypoints both have keypoints (n, 17, 3).
-    Raises InputError: C4 of no ResNet, or with keypoints; weights that do not fit.
+    Raises InputError: a detector without such a backbone or heads; weights that do not fit.
     """
     stages = backbone_stages(arch)
     if detector == "c4" and not isinstance(stages, ResNetStages):
         raise InputError(f"--detector c4 is of ResNets, {arch} needs --detector fpn")
-    if detector == "c4" and keypoints:
-        raise InputError("--keypoints needs --detector fpn")
+    if keypoints and detector != "fpn" or masks and detector == "retinanet":
+        raise InputError("--keypoints needs --detector fpn, --masks needs fpn or c4")
     rest = load_backbone(stages, weights) if weights != "none" else {}
     rest = {} if backbone_only else rest
     if detector == "retinanet":
-        model = RetinaNet(PyramidFromP3(stages, fpn_channels), num_classes, anchor_size,
-                          min_size=tuple(min_size), max_size=max_size, image_mean=list(mean),
-                          image_std=list(std))
-        for name, part in pyramid_parts(model.backbone.fpn, rest).items():
-            load_part(part, name, rest, weights)
-        return in_float32(model, model.head.classification_head, model.head.regression_head)
+        return _retinanet(PyramidFromP3(stages, fpn_channels), num_classes, anchor_size, rest,
+                          weights, min_size, max_size, mean, std)
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
         backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
@@ -248,9 +254,8 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         if any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest):
             box_head = "4conv1fc"
         backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
-        before_nms, after_nms, divisor = dict(training=2000, testing=1000), 1000, 32  # of a level
-        if keypoints:  # Base-Keypoint-RCNN-FPN.yaml, also of beta
-            after_nms = 1500
+        before_nms, divisor = dict(training=2000, testing=1000), 32  # of a level
+        after_nms = 1500 if keypoints else 1000  # Base-Keypoint-RCNN-FPN.yaml, also of beta
     after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
     proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
                     fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,

@@ -204,8 +204,10 @@ def test_keypoint_rcnns_numbers_are_detectron2s():
                            (model.roi_heads.keypoint_predictor.kps_score_lowres, 512 * 16)):
         assert layer.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.05)
         assert not layer.bias.any()
-    with pytest.raises(InputError, match="--keypoints needs --detector fpn"):
-        build_detector("resnet18", 1, "c4", keypoints=True)
+    for wrong in (dict(detector="c4", keypoints=True), dict(detector="retinanet", keypoints=True),
+                  dict(detector="retinanet", masks=True)):
+        with pytest.raises(InputError, match="--keypoints needs --detector fpn, --masks needs"):
+            build_detector("resnet18", 1, **wrong)
 
 
 def test_the_box_heads_loss_is_a_square_below_beta():
