@@ -18,8 +18,7 @@ Commands
         --masks
     (--detector retinanet or --keypoints in place of --masks: DetCo's Table 5; the former with
     --fraction 0.01 too: Table 12)
-    python finetune_fasterrcnn.py --keypoints --optimizer adam --schedule 1x --lr 1e-3 \
-        --iterations 1500                                                 of scenes, an hour
+    python finetune_fasterrcnn.py --keypoints --iterations 1500           of scenes, an hour
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 
 Splits, for --train-split and --test-split; several are joined
@@ -368,9 +367,10 @@ def add_arguments(parser):
     add = parser.add_argument_group("recipe").add_argument
     add("--small", action="store_true", help="a recipe for few photos, on a CPU or a small GPU, in "
         "place of the papers'")
-    add("--optimizer", choices=["sgd", "adam"], default="sgd", help="adam: lr 1e-4 (the report)")
+    add("--optimizer", choices=["sgd", "adam"], help="default: sgd, on scenes adam; adam's lr is "
+        "1e-4 (the report), on scenes 1e-3")
     add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
-        "epochs, half the lr after 20 (default with adam)")
+        "epochs, half the lr after 20 (default with adam, but for scenes)")
     add("--iterations", type=whole(1), help="default: 24,000 on voc, 90,000 on coco")
     add("--batch-size", type=whole(1), default=16, help="total over all processes")
     add("--lr", type=real(0), default=0.02, help="per 16 images of the batch; adam's: as it is")
@@ -390,25 +390,31 @@ def parse_args(argv=None):
     parser = Parser(description="Fine-tune Faster R-CNN and measure its AP.")
     add_arguments(parser)
     known = parser.parse_known_args(argv)[0]
-    small = known.small and known.dataset != "scenes"  # whose recipe is small
+    scenes = known.dataset == "scenes"
+    small = known.small and not scenes  # whose recipe is small
     recipe = {**RECIPES[known.dataset], **(SMALL if small else {})}
-    recipe["schedule"] = known.schedule or (
-        "report" if known.optimizer == "adam" and not small else "1x")
-    if (known.dataset, known.detector) == ("scenes", "c4"):  # Res5 runs on every RoI
+    # Differs: on scenes Adam, which in 400 iterations gets twice as far as SGD, each with its best
+    # rate, from random weights as well (RESULTS.md)
+    recipe["optimizer"] = known.optimizer or ("adam" if scenes else "sgd")
+    adam = recipe["optimizer"] == "adam"
+    recipe["schedule"] = known.schedule or ("report" if adam and not (small or scenes) else "1x")
+    if scenes and known.detector == "c4":  # Res5 runs on every RoI
         recipe.update(rois=16, min_size=[192], max_size=192)
     if known.detector == "retinanet":
         recipe.setdefault("lr", 0.01)  # detectron2's Base-RetinaNet.yaml; not the small recipes'
-        if known.dataset == "scenes":
+        if scenes:
             recipe.update(anchor_size=16)  # its finest level has twice the stride of the FPN's
-    if known.optimizer == "adam":
+    if adam:
         # Paper silent: the report gives Adam's rates and epochs alone; so there is no weight decay,
-        # no warm-up, and no scaling of the rate with the batch
-        recipe.update(lr=1e-4, warmup=0, weight_decay=0.0)
+        # no warm-up, and no scaling of the rate with the batch.  At the scenes' higher rate the
+        # first steps would undo what was pre-trained (RESULTS.md).
+        recipe.update(weight_decay=0.0, **(dict(lr=1e-3, warmup=100) if scenes else
+                                           dict(lr=1e-4, warmup=0)))
     if recipe["schedule"] == "report":
         recipe["iterations"] = None  # 40 epochs, when the number of images is known
     elif recipe["schedule"] == "2x" and not small:
         recipe["iterations"] *= 2
-    if known.fraction < 1 and known.dataset != "scenes" and not small:
+    if known.fraction < 1 and not (small or scenes):
         recipe["iterations"] = 12000
     parser.set_defaults(**recipe)
     if known.eval_only:

@@ -249,13 +249,14 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
         backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
-        before_nms, after_nms, divisor = dict(training=12000, testing=6000), 2000, 1
+        before_nms, after_nms, divisor = dict(training=min(12000, 24 * rois), testing=6000), 2000, 1
     else:
         if any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest):
             box_head = "4conv1fc"
         backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
-        before_nms, divisor = dict(training=2000, testing=1000), 32  # of a level
+        before_nms, divisor = dict(training=min(2000, 8 * rois), testing=1000), 32  # of a level
         after_nms = 1500 if keypoints else 1000  # Base-Keypoint-RCNN-FPN.yaml, also of beta
+    # Few RoIs need few proposals: on CPUs NMS is quadratic, and was 40% of a small recipe's step
     after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
     proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
                     fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,

@@ -67,6 +67,15 @@ def test_the_reports_recipe():
     assert ft.iterations_and_drops(args, per_epoch=50) == (9, [4], 0.5)
 
 
+def test_the_recipes_for_scenes():
+    for words, expected in (("", ("adam", 1e-3, 100, 0)),
+                            ("--detector retinanet", ("adam", 1e-3, 100, 0)),
+                            ("--optimizer sgd", ("sgd", 0.04, 40, 1e-4))):
+        args = ft.parse_args(words.split())
+        assert (args.optimizer, args.lr, args.warmup, args.weight_decay) == expected
+        assert ft.iterations_and_drops(args, per_epoch=50) == (400, [300, 360], 0.1)
+
+
 def test_a_fraction_of_the_training_images_is_drawn_by_the_seed(tmp_path):
     make_voc(tmp_path, [[("dog", 0, 1, 1, 30, 9)]] * 40)
     words = f"--dataset voc --data {tmp_path} --train-split trainval --test-split trainval".split()
