@@ -2,15 +2,16 @@
 
     python tools/table.py                              random weights and the six methods, on scenes
     python tools/table.py --rows "lr 1=moco_v2.py --lr 1" "lr 2=moco_v2.py --lr 2" \\
-        --finetune "--test-split validation" --out runs/rates       what a rate is chosen by
-    python tools/table.py --pretrain "--small --data DIR/JPEGImages" --out runs/photos \\
+        --finetune "--test-split validation" --vary "" --out runs/rates     what a rate is chosen by
+    python tools/table.py --pretrain "--small --data DIR/JPEGImages" --vary "" --out runs/photos \\
         --finetune "--small --dataset voc --data DIR --train-split train --test-split test"
 
 A row is NAME=SCRIPT FLAGS, or NAME=none for random weights.  Each seed of a row is a pre-training
-of its own, and its ResNet alone is fine-tuned once for each number of --iterations, with the same
-seed.  What is finished is skipped and what was stopped goes on, so that the same command adds what
-is missing.  It prints tables in Markdown: mean and standard deviation (of a sample) over the seeds,
-each seed, and the differences from other rows, paired by seed.
+of its own, and its ResNet alone is fine-tuned once with each flags of --vary, with the same seed.
+What is finished is skipped and what was stopped goes on, so that the same command adds what is
+missing.  It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample)
+over the seeds, each seed, and the differences from other rows, paired by seed; and how far
+pre-training turned the ResNet.
 """
 import argparse
 import json
@@ -22,8 +23,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import torch
 
 PROJECT = Path(__file__).parent.parent
+sys.path.insert(0, str(PROJECT))
+from common import resnet_stages  # noqa: E402
+from plumbing.weights import find_architecture, load_checkpoint  # noqa: E402
+
 ROWS = ["random=none", "MoCo v2=moco_v2.py", "DetCo=detco.py", "DUPR=dupr.py", "SoCo=soco.py",
         "Barlow Twins=barlow_twins.py", "VICReg=vicreg.py"]
 
@@ -39,23 +45,34 @@ def run_script(words, out, threads):
 
 
 def measure(row, seed, args):
-    """Pre-train and fine-tune a row with one seed -> the AP, AP50 and AP75 in % after each number
-    of iterations, (len(args.iterations), 3)."""
+    """Pre-train and fine-tune a row with one seed -> the AP, AP50 and AP75 in % with each of
+    --vary, and how far the ResNet turned, as turned returns it, or None of random weights."""
     name, words = row.split("=", 1)
     folder, found = args.out / name.replace(" ", "_") / f"seed{seed}", []
     weights = "none" if words == "none" else folder / "backbone.pt"
     if words != "none" and not weights.exists():
         run_script([*shlex.split(words), *shlex.split(args.pretrain), "--seed", str(seed)], folder,
                    args.threads)
-    for iterations in args.iterations:
-        out = folder / f"finetune{iterations}"
+    for flags in args.vary:
+        out = folder / "_".join(["finetune", *flags.replace("-", " ").split()])
         if not (out / "ap.json").exists():
-            run_script(["finetune_fasterrcnn.py", *shlex.split(args.finetune), "--weights", weights,
-                        "--iterations", str(iterations), "--seed", str(seed)], out, args.threads)
+            run_script(["finetune_fasterrcnn.py", *shlex.split(args.finetune), *shlex.split(flags),
+                        "--weights", weights, "--seed", str(seed)], out, args.threads)
         ap = json.loads((out / "ap.json").read_text())
         found.append([100 * ap[kind] for kind in ("AP", "AP50", "AP75")])
-        print(f"{name}, seed {seed}, {iterations} iterations: AP {found[-1][0]:.2f}", flush=True)
-    return found
+        print(f"{name}, seed {seed} {flags}: AP {found[-1][0]:.2f}", flush=True)
+    return found, None if words == "none" else turned(weights, seed)
+
+
+def turned(weights, seed):
+    """The cosine between the convolutions of a pre-trained ResNet and those it started from, of
+    conv1 and of Res2..Res5: (5,).  Of a layer that only grew or shrank it is 1."""
+    torch.manual_seed(seed)
+    states = resnet_stages(find_architecture(weights)).state_dict(), load_checkpoint(weights)
+    parts = "conv1", "layer1", "layer2", "layer3", "layer4"
+    return [torch.cosine_similarity(*(torch.cat([
+        w.flatten() for name, w in state.items() if name.startswith(part) and w.dim() == 4])
+        for state in states), dim=0).item() for part in parts]
 
 
 def spread(values):
@@ -64,9 +81,9 @@ def spread(values):
         f"{values[0]:.1f}"
 
 
-def print_table(names, found, iterations, against):
+def print_table(names, found, flags, against):
     """A table in Markdown.  found: (rows, seeds, 3); against: rows to subtract, by name."""
-    print(f"\n| {iterations} iterations | AP | of each seed | AP50 | AP75 | "
+    print(f"\n| {flags} | AP | of each seed | AP50 | AP75 | "
           + " | ".join(f"minus {name}" for name in against) + " |")
     print("|" + " --- |" * (5 + len(against)))
     for name, values in zip(names, found):
@@ -85,9 +102,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--rows", nargs="+", default=ROWS, metavar="NAME=WORDS")
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    add("--iterations", type=int, nargs="+", default=[400, 1200], help="of fine-tuning")
-    add("--pretrain", default="", help="flags of every pre-training")
-    add("--finetune", default="", help="flags of every fine-tuning")
+    add("--pretrain", default="", metavar="FLAGS", help="of every pre-training")
+    add("--finetune", default="", metavar="FLAGS", help="of every fine-tuning")
+    add("--vary", nargs="+", default=["", "--iterations 1200", "--fraction 0.1"], metavar="FLAGS",
+        help="of one fine-tuning each, and so one table")
     add("--against", nargs="+", default=["random", "MoCo v2"], help="rows to subtract")
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--threads", type=int, default=1, help="of each of them")
@@ -105,11 +123,16 @@ def main():
     names = [row.split("=", 1)[0] for row in args.rows]
     tasks = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found = [*pool.map(lambda task: measure(*task, args), tasks)]
-    found = np.array(found).reshape(len(args.seeds), len(names), len(args.iterations), 3)
-    for i, iterations in enumerate(args.iterations):
-        print_table(names, found[:, :, i].transpose(1, 0, 2), iterations,
+        found, cosines = zip(*pool.map(lambda task: measure(*task, args), tasks))
+    found = np.array(found).reshape(len(args.seeds), len(names), len(args.vary), 3)
+    for i, flags in enumerate(args.vary):
+        print_table(names, found[:, :, i].transpose(1, 0, 2), flags,
                     [name for name in args.against if name in names])
+    print("\n| cosine to the start | conv1 | Res2 | Res3 | Res4 | Res5 |\n|" + " --- |" * 6)
+    for i, name in enumerate(names):
+        if cosines[i] is not None:
+            mean = np.mean(cosines[i::len(names)], axis=0)
+            print(f"| {name} | " + " | ".join(f"{c:.3f}" for c in mean) + " |")
 
 
 if __name__ == "__main__":
