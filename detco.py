@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
+from common import (LARS, Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
                     cosine_schedule, encode_shuffled, info_nce, mlp, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
@@ -193,8 +193,10 @@ def train(args, device):
     model = DetCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups,
                   [w / divisor for w in args.weights], not args.no_local, args.share_queue)
     model, ddp = distribute(model, device)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
-                                momentum=0.9, weight_decay=args.weight_decay)
+    # Differs: LARS in the small recipe, as in moco_v2.py
+    kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
+    optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
+                     weight_decay=args.weight_decay)
     run = Run(args, "detco", images, model=model, optimizer=optimizer)
     # Differs: bfloat16 on GPUs, as in moco_v2.py
     mixed = mixed_precision(args, device, args.image_size if args.no_local else args.patch_size)
@@ -243,6 +245,8 @@ def parse_args(argv=None):
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.3)")
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 6.5)")
+    add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
+        "of the small recipe lars, whose --lr is of another size")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--weights", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="of Res2..Res5 (Sec. 6.5, Table 15)")
@@ -265,7 +269,8 @@ def parse_args(argv=None):
     add_run_arguments(parser, out="runs/detco")
     args = parse_recipe(
         parser, argv,
-        small=dict(image_size=64, local_size=96, patch_size=24, crop_scale=0.4, p_blur=0.0),
+        small=dict(image_size=64, local_size=96, patch_size=24, optimizer="lars", lr=2.0,
+                   weight_decay=1e-6, crop_scale=0.4, p_blur=0.0),
         scenes=dict(image_size=48, local_size=60, patch_size=16, epochs=5))  # 5 minutes, two cores
     if not any(args.weights):
         parser.error("--weights: one must be more than 0")

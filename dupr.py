@@ -48,8 +48,8 @@ from torch import nn
 from torchvision.ops import MLP, roi_align
 from torchvision.transforms import RandAugment
 
-from common import (InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups, box_into_view,
-                    contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
+from common import (LARS, InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups,
+                    box_into_view, contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
                     momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
@@ -250,8 +250,10 @@ def train(args, device):
     model = DUPR(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups, args.alpha,
                  args.beta, args.roi_size, args.patch_keys)
     model, ddp = distribute(model, device)
-    optimizer = torch.optim.SGD(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
-                                momentum=0.9, weight_decay=args.weight_decay)
+    # Differs: LARS in the small recipe, as in moco_v2.py
+    kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
+    optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
+                     weight_decay=args.weight_decay)
     run = Run(args, "dupr", images, model=model, optimizer=optimizer)
     mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
     torch.backends.cudnn.deterministic = False  # it is slower, and RoI Align is not (see align)
@@ -295,6 +297,8 @@ def parse_args(argv=None):
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.2.3)")
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.2.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 3.2.3)")
+    add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
+        "of the small recipe lars, whose --lr is of another size")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--alpha", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="weights of the image losses of Res2..Res5 (Sec. 3.2.3)")
@@ -320,7 +324,8 @@ def parse_args(argv=None):
     if parser.parse_known_args(argv)[0].rand_augment:
         parser.set_defaults(tau=0.15)
     args = parse_recipe(
-        parser, argv, small=dict(image_size=96, roi_size=[6, 6, 6, 3], crop_scale=0.4, p_blur=0.0),
+        parser, argv, small=dict(image_size=96, roi_size=[6, 6, 6, 3], optimizer="lars", lr=2.0,
+                                 weight_decay=1e-6, crop_scale=0.4, p_blur=0.0),
         scenes=dict(image_size=64, roi_size=[4, 4, 4, 2], epochs=5))  # 4 minutes on two CPU cores
     if not any(args.alpha + args.beta):
         parser.error("--alpha, --beta: one weight must be more than 0")

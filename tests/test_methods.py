@@ -54,7 +54,8 @@ class Method(NamedTuple):
 
 
 RUN = "--scenes 16 --epochs 2 --batch-size 8 --image-size 32 --dim 16 --workers 0 --log-every 1"
-QUEUE = f"{RUN} --queue-size 20 --bn-groups 2 --p-blur 0.5 --lr 0.05"
+QUEUE = f"{RUN} --queue-size 20 --bn-groups 2 --p-blur 0.5 --optimizer sgd --lr 0.05 " \
+        "--weight-decay 1e-4"
 LARS = f"{RUN} --p-blur 0.9 0.1 --warmup 1 --lr 2"
 COLOURS = f"{LARS} --mean 0.4 0.5 0.6 --std 0.2 0.3 0.4"
 ENCODERS = dict(trained=("encoder_q.",), stages="encoder_q.stages.",
@@ -224,6 +225,15 @@ def test_the_optimizer_and_its_learning_rates(recorded, name):
     for step, factor in zip(steps, factors, strict=True):
         assert step["step"][0].result == pytest.approx([rate * factor for rate in rates])
     assert [float(lr) for lr in column(out, "lr")] == [step["step"][0].result[0] for step in steps]
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_lars_in_place_of_sgd(name, tmp_path, monkeypatch):
+    calls = []
+    watch(monkeypatch, calls, "step", common.LARS, "step")
+    run(name, tmp_path, *"--optimizer lars --lr 3 --weight-decay 1e-6 --epochs 1".split())
+    optimizer, = {call.args[0] for call in calls}
+    assert len(calls) == 2 and optimizer.decay == 1e-6 and calls[0].result == [3 * 8 / 256]
 
 
 @every_method
@@ -521,9 +531,9 @@ def test_two_processes_equal_one(in_two_processes, case):
 # ------------------------------------------------------------------------------------------- flags
 
 # With --data the paper's recipe, or the report's
-WITH_QUEUE = dict(arch="resnet50", epochs=200, batch_size=256, weight_decay=1e-4, image_size=224,
-                  crop_scale=0.2, p_blur=0.5, dim=128, queue_size=65536, momentum=0.999, tau=0.2,
-                  bn_groups=8)
+WITH_QUEUE = dict(arch="resnet50", epochs=200, batch_size=256, optimizer="sgd", weight_decay=1e-4,
+                  image_size=224, crop_scale=0.2, p_blur=0.5, dim=128, queue_size=65536,
+                  momentum=0.999, tau=0.2, bn_groups=8)
 REPORT = dict(arch="resnet50", batch_size=2048, lr=None, weight_decay=1e-6, warmup=10,
               image_size=224, crop_scale=0.4, p_blur=[1.0, 0.1], dim=2048,
               mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
@@ -550,7 +560,8 @@ def test_defaults_are_the_recipe_unless_scenes_are_used(name):
     small = vars(parse_args([]))
     assert small["arch"] == "resnet18" and small["image_size"] < 100 and small["batch_size"] < 256
     assert small.get("queue_size", 0) < 4000
-    kept = {"detco": ["lr", "weights"], "dupr": ["lr", "alpha", "beta"], "soco": ["lr"]}
+    assert small.get("optimizer", "lars") == "lars"
+    kept = {"detco": ["weights"], "dupr": ["alpha", "beta"], "soco": ["lr"]}
     for key in kept.get(name, ()):
         assert small[key] == recipe[key]
     assert parse_args(["--arch", "resnet34"]).arch == "resnet34"  # a flag is above both
@@ -603,10 +614,9 @@ REFUSED = {
     ("moco_v2", ""), ("detco", "--local-size 96 --patch-size 24"),
     ("dupr", "--image-size 96 --roi-size 6 6 6 3")])
 def test_the_small_recipe_of_a_thousand_photos(name, flags):
-    """The flags that were found by hand for VOC's photos."""
     by_hand = ("--data DIR --arch resnet18 --image-size 64 --crop-scale 0.4 --p-blur 0 "
-               "--batch-size 64 --bn-groups 4 --queue-size 192 --momentum 0.99 --lr 0.06 "
-               f"--epochs 30 {flags}")
+               "--batch-size 64 --bn-groups 4 --queue-size 192 --momentum 0.99 --optimizer lars "
+               f"--lr 2 --weight-decay 1e-6 --epochs 30 {flags}")
     module = METHODS[name].module
     args = module.parse_args(["--data", "DIR", "--small"])
     assert args.batch_size is None is args.queue_size

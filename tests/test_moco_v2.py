@@ -124,7 +124,7 @@ def test_training_equals_the_algorithm_on_the_same_views(tmp_path):
     """A whole run: the queue's filling, views, colours, schedule, steps, checkpoint."""
     torch.set_num_threads(1)
     flags = ("--scenes 40 --epochs 2 --batch-size 16 --image-size 64 --workers 0 --queue-size 40 "
-             "--bn-groups 2 --p-blur 0.5").split()
+             "--bn-groups 2 --p-blur 0.5 --optimizer sgd --lr 0.06 --weight-decay 1e-4").split()
     moco_v2.main([*flags, "--out", str(tmp_path)])
     args = moco_v2.parse_args(flags)
     torch.manual_seed(args.seed)
