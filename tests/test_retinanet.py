@@ -365,7 +365,7 @@ def test_recipes():
             ("--dataset coco --data x --fraction 0.01", 0.01, 12000),  # DetCo, Table 12
             ("--dataset coco --data x --lr 0.3", 0.3, 90000),
             ("--dataset coco --data x --optimizer adam --schedule 1x", 1e-4, 90000),
-            ("--dataset coco --data x --small", 0.04, None), ("", 0.04, 400)):
+            ("--dataset coco --data x --small", 0.04, None), ("", 1e-3, 400)):
         args = ft.parse_args(["--detector", "retinanet", *words.split()])
         assert (args.lr, args.iterations, args.detector) == (lr, iterations, "retinanet")
     with pytest.raises(ft.InputError, match="--box-head is of the fpn detector"):
