@@ -257,7 +257,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
         before_nms, divisor = dict(training=min(2000, 8 * rois), testing=1000), 32  # of a level
         after_nms = 1500 if keypoints else 1000  # Base-Keypoint-RCNN-FPN.yaml, also of beta
     # Differs: few RoIs need few proposals, also before NMS, which took a sixth of the time of a
-    # small recipe on CPUs.  With 250 RoIs or more (of C4 500) these are detectron2's numbers.
+    # small recipe on CPUs.  With the default of 512 RoIs all are detectron2's numbers.
     after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
     proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
                     fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
