@@ -711,6 +711,7 @@ def view():
     boxes = torch.tensor([[0.0, 0, 60, 40]]) + 20 * torch.rand(8, 1)
     return View(torch.randn(8, 3, 32, 32), boxes, torch.rand(8) < 0.5)
 
+torch.manual_seed(0)
 boxes = torch.tensor([[[4.0, 4, 40, 30], [20, 10, 60, 60]]]).repeat(8, 1, 1)
 size = dict(arch="resnet18", dim=16)
 queue = dict(size, queue_size=24, bn_groups=2)
@@ -722,7 +723,8 @@ for model, batch in (
         (BarlowTwins(**size), lambda: images(2, 3, 32, 32)),
         (VICReg(**size), lambda: images(2, 3, 32, 32))):
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.01)
-    before = [p.clone() for p in model.parameters()]
+    weights = [p for p in model.parameters() if p.dim() > 1]  # a bias before batch norm stays
+    before = [w.clone() for w in weights]
     for _ in range(3):
         loss, *keys, _ = model(*batch())
         optimizer.zero_grad()
@@ -737,8 +739,8 @@ for model, batch in (
         if isinstance(model, (DetCo, DUPR)):
             for queue, k in zip(model.queues, *keys):
                 queue.push(k)
-    changed = sum(not torch.equal(a, b) for a, b in zip(before, model.parameters()))
-    print(type(model).__name__, bool(loss.isfinite()), changed > 0.9 * len(before))
+    stayed = sum(torch.equal(a, b) for a, b in zip(before, weights))
+    print(type(model).__name__, bool(loss.isfinite()), stayed)
 assert not {"plumbing", "selective_search"} & {*sys.modules}
 """
 
@@ -758,8 +760,9 @@ def test_a_copied_class_trains_in_somebody_s_loop(tmp_path):
     process = python("loop.py", tmp_path)
     out, _ = process.communicate(timeout=300)
     assert process.returncode == 0, out
-    assert out.splitlines() == [f"{method.network.__name__} True True"
-                                for method in METHODS.values()]
+    assert out.splitlines() == [  # no box of SoCo's lies on P3 to P5, which have a weight each
+        f"{method.network.__name__} True {2 * 3 if name == 'soco' else 0}"
+        for name, method in METHODS.items()]
 
 
 def imports(path):
