@@ -78,7 +78,11 @@ def parse_recipe(parser, argv, small, scenes):
     known = parser.parse_known_args(argv)[0]
     if known.small or known.data is None:
         fitted = {name: None for name in FITTED if name in known}
+        of_paper = {name: parser.get_default(name) for name in ("lr", "weight_decay")}
         parser.set_defaults(**{**fitted, "arch": "resnet18", **small})
+        known = parser.parse_known_args(argv)[0]
+        if getattr(known, "optimizer", None) != small.get("optimizer"):
+            parser.set_defaults(**of_paper)  # a rate and a decay are of one optimizer
     if known.data is None:
         parser.set_defaults(**scenes)
     args = parser.parse_args(argv)

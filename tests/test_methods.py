@@ -625,6 +625,9 @@ def test_the_small_recipe_of_a_thousand_photos(name, flags):
     args = module.parse_args("--data DIR --small --batch-size 8 --arch resnet34".split())
     fit_recipe(args, 1000)
     assert (args.batch_size, args.arch, args.queue_size) == (8, "resnet34", 248)
+    args = vars(module.parse_args("--small --optimizer sgd".split()))  # at the paper's rate
+    assert {key: args[key] for key in ("lr", "weight_decay")} == {
+        key: RECIPES[name][key] for key in ("lr", "weight_decay")}
 
 
 @every_method
