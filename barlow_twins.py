@@ -189,8 +189,8 @@ def parse_args(argv=None):
     add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
     add_run_arguments(parser, out="runs/barlow_twins")
     return parse_recipe(
-        parser, argv, small=dict(image_size=64, lr=2.0, p_blur=[0.0, 0.0], dim=128, lambd=0.1),
-        scenes=dict(epochs=5, batch_size=128, lr=4.0))
+        parser, argv, small=dict(image_size=64, lr=4.0, p_blur=[0.0, 0.0], dim=128, lambd=0.1),
+        scenes=dict(epochs=5, batch_size=128))
 
 
 def main(argv=None):

@@ -246,7 +246,7 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 6.5)")
     add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
-        "of the small recipe lars, at --lr 2 and --weight-decay 1e-6")
+        "of the small recipe lars, at --lr 4 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--weights", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="of Res2..Res5 (Sec. 6.5, Table 15)")
@@ -269,7 +269,7 @@ def parse_args(argv=None):
     add_run_arguments(parser, out="runs/detco")
     args = parse_recipe(
         parser, argv,
-        small=dict(image_size=64, local_size=96, patch_size=24, optimizer="lars", lr=2.0,
+        small=dict(image_size=64, local_size=96, patch_size=24, optimizer="lars", lr=4.0,
                    weight_decay=1e-6, crop_scale=0.4, p_blur=0.0),
         scenes=dict(image_size=48, local_size=60, patch_size=16, epochs=5))  # 5 minutes, two cores
     if not any(args.weights):

@@ -611,12 +611,12 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name, flags", [
-    ("moco_v2", ""), ("detco", "--local-size 96 --patch-size 24"),
-    ("dupr", "--image-size 96 --roi-size 6 6 6 3")])
+    ("moco_v2", "--lr 2"), ("detco", "--lr 4 --local-size 96 --patch-size 24"),
+    ("dupr", "--lr 2 --image-size 96 --roi-size 6 6 6 3")])
 def test_the_small_recipe_of_a_thousand_photos(name, flags):
     by_hand = ("--data DIR --arch resnet18 --image-size 64 --crop-scale 0.4 --p-blur 0 "
                "--batch-size 64 --bn-groups 4 --queue-size 192 --momentum 0.99 --optimizer lars "
-               f"--lr 2 --weight-decay 1e-6 --epochs 30 {flags}")
+               f"--weight-decay 1e-6 --epochs 30 {flags}")
     module = METHODS[name].module
     args = module.parse_args(["--data", "DIR", "--small"])
     assert args.batch_size is None is args.queue_size
