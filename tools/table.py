@@ -3,13 +3,15 @@
     python tools/table.py                              random weights and the six methods, on scenes
     python tools/table.py --rows "lr 1=moco_v2.py --lr 1" "lr 2=moco_v2.py --lr 2" \\
         --finetune "--test-split validation" --vary "" --out runs/rates     what a rate is chosen by
+    python tools/table.py --rows random=none SoCo=soco.py --file detector.pt \\
+        --vary "--box-head 4conv1fc"          with what else SoCo pre-trains: from the same folder
     python tools/table.py --pretrain "--small --data DIR/JPEGImages" --vary "" --out runs/photos \\
         --finetune "--small --dataset voc --data DIR --train-split train --test-split test"
 
 A row is NAME=SCRIPT FLAGS, or NAME=none for random weights.  Each seed of a row is a pre-training
-of its own, and its ResNet alone is fine-tuned once with each of --vary, with the same seed.
-What is finished is skipped and what was stopped goes on, so that the same command adds what is
-missing.  It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample)
+of its own, and its ResNet alone, or another --file, is fine-tuned once with each of --vary, with
+the same seed.  What is finished is skipped and what was stopped goes on, so that the same command
+adds what is missing.  It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample)
 over the seeds, each seed, and the differences from other rows, paired by seed; and how far
 pre-training turned the ResNet.
 """
@@ -49,7 +51,7 @@ def measure(row, seed, args):
     --vary, and how far the ResNet turned, as turned returns it, or None of random weights."""
     name, words = row.split("=", 1)
     folder, found = args.out / name.replace(" ", "_") / f"seed{seed}", []
-    weights = "none" if words == "none" else folder / "backbone.pt"
+    weights = "none" if words == "none" else folder / args.file
     if words != "none" and not weights.exists():
         run_script([*shlex.split(words), *shlex.split(args.pretrain), "--seed", str(seed)], folder,
                    args.threads)
@@ -61,7 +63,7 @@ def measure(row, seed, args):
         ap = json.loads((out / "ap.json").read_text())
         found.append([100 * ap[kind] for kind in ("AP", "AP50", "AP75")])
         print(f"{name}, seed {seed} {flags}: AP {found[-1][0]:.2f}", flush=True)
-    return found, None if words == "none" else turned(weights, seed)
+    return found, None if words == "none" else turned(folder / "backbone.pt", seed)
 
 
 def turned(weights, seed):
@@ -106,6 +108,7 @@ def parse_args(argv=None):
     add("--finetune", default="", metavar="FLAGS", help="of every fine-tuning")
     add("--vary", nargs="+", default=["", "--iterations 1200", "--fraction 0.1"], metavar="FLAGS",
         help="of one fine-tuning each, and so one table")
+    add("--file", default="backbone.pt", help="of a pre-training, to fine-tune from")
     add("--against", nargs="+", default=["random", "MoCo v2"], help="rows to subtract")
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--threads", type=int, default=1, help="of each of them")
