@@ -195,7 +195,7 @@ class Network(nn.Module):
     # Differs: the authors' code pools each box from all four levels, runs head, projector and
     # predictor on all of these, and keeps one (SoCo_FPN.py).  Their batch norm then sees four times
     # the rows, three quarters of them of boxes too large or too small for their level.  On scenes
-    # the embeddings collapse to few directions in either way (RESULTS.md).
+    # the embeddings fall to few directions at first in either way (RESULTS.md).
     # In the built-in scenes' views of 64 pixels no box is of P4 or P5, whose last convolutions get
     # no gradient: LARS makes their weights a little smaller at each step.
     def __init__(self, arch, fpn_channels, hidden, dim):

@@ -391,10 +391,9 @@ class Run:
             self.say(f"warning: the loss ends at chance ({last['loss']:.4g} of "
                      f"{last['loss_chance']:.4g}): more --epochs, a lower --lr or a shorter "
                      "--queue-size usually help")
-        if last.get("directions", math.inf) < 3:
+        if last.get("directions", math.inf) < 2:
             self.say(f"warning: the embeddings fill {last['directions']:.2g} directions only, "
-                     "which looks like collapse: more --epochs or a larger --batch-size usually "
-                     "help")
+                     "which is an early phase, or collapse: more --epochs or a higher --lr help")
         if rank() == 0:
             save_tensors(stages.state_dict(), self.out / "backbone.pt")
         self.say(f"{self.out / 'backbone.pt'} is {note}")
