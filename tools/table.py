@@ -11,9 +11,9 @@
 A row is NAME=SCRIPT FLAGS, or NAME=none for random weights.  Each seed of a row is a pre-training
 of its own, and its ResNet alone, or another --file, is fine-tuned once with each of --vary, with
 the same seed.  What is finished is skipped and what was stopped goes on, so that the same command
-adds what is missing.  It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample)
-over the seeds, each seed, and the differences from other rows, paired by seed; and how far
-pre-training turned the ResNet.
+adds what is missing.  It prints tables in Markdown: for each of --vary mean and standard deviation
+(of a sample) over the seeds, each seed, and the differences from other rows, paired by seed; and
+how far pre-training turned the ResNet.
 """
 import argparse
 import json
