@@ -220,7 +220,7 @@ def make_optimizer(model, args):
     groups = [dict(params=others, weight_decay=args.weight_decay),
               dict(params=norms, weight_decay=0.0)]
     if args.optimizer == "adam":
-        return torch.optim.Adam(groups, args.lr, fused=True)  # a quarter of the time on CPUs
+        return torch.optim.Adam(groups, args.lr, fused=True)  # a third of the time on CPUs
     return torch.optim.SGD(groups, args.lr * args.batch_size / 16, momentum=0.9)
 
 
