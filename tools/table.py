@@ -8,12 +8,13 @@
     python tools/table.py --pretrain "--small --data DIR/JPEGImages" --vary "" --out runs/photos \\
         --finetune "--small --dataset voc --data DIR --train-split train --test-split test"
 
-A row is NAME=SCRIPT FLAGS, or NAME=none for random weights.  Each seed of a row is a pre-training
-of its own, and its ResNet alone, or another --file, is fine-tuned once with each of --vary, with
-the same seed.  What is finished is skipped and what was stopped goes on, so that the same command
-adds what is missing.  It prints tables in Markdown: for each of --vary mean and standard deviation
-(of a sample) over the seeds, each seed, and the differences from other rows, paired by seed; and
-how far pre-training turned the ResNet.
+A row is NAME=SCRIPT FLAGS, or NAME=FILE for weights that are there, or none, with {seed} in the
+file's name if each seed has its own.  Each seed of a script is a pre-training of its own, and its
+ResNet alone, or another --file, is fine-tuned once with each of --vary, with the same seed.  What
+is finished is skipped and what was stopped goes on, so that the same command adds what is missing.
+It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample) over the
+seeds, each seed, and the differences from other rows, paired by seed; and how far pre-training
+turned the ResNet.
 """
 import argparse
 import json
@@ -48,11 +49,12 @@ def run_script(words, out, threads):
 
 def measure(row, seed, args):
     """Pre-train and fine-tune a row with one seed -> the AP, AP50 and AP75 in % with each of
-    --vary, and how far the ResNet turned, as turned returns it, or None of random weights."""
+    --vary, and how far the ResNet turned, as turned returns it, or None without a script."""
     name, words = row.split("=", 1)
     folder, found = args.out / name.replace(" ", "_") / f"seed{seed}", []
-    weights = "none" if words == "none" else folder / args.file
-    if words != "none" and not weights.exists():
+    script = words.split()[0].endswith(".py")
+    weights = folder / args.file if script else words.format(seed=seed)
+    if script and not weights.exists():
         run_script([*shlex.split(words), *shlex.split(args.pretrain), "--seed", str(seed)], folder,
                    args.threads)
     for flags in args.vary:
@@ -63,7 +65,7 @@ def measure(row, seed, args):
         ap = json.loads((out / "ap.json").read_text())
         found.append([100 * ap[kind] for kind in ("AP", "AP50", "AP75")])
         print(f"{name}, seed {seed} {flags}: AP {found[-1][0]:.2f}", flush=True)
-    return found, None if words == "none" else turned(folder / "backbone.pt", seed)
+    return found, turned(folder / "backbone.pt", seed) if script else None
 
 
 def turned(weights, seed):
@@ -115,8 +117,8 @@ def parse_args(argv=None):
     add("--out", type=Path, default=Path("runs/table"))
     args = parser.parse_args(argv)
     for row in args.rows:
-        if "=" not in row:
-            parser.error(f"{row}: a row is NAME=SCRIPT FLAGS, or NAME=none")
+        if not row.partition("=")[2].strip():
+            parser.error(f"{row}: a row is NAME=SCRIPT FLAGS, NAME=FILE or NAME=none")
     return args
 
 
