@@ -214,3 +214,5 @@ def test_a_residual_block_starts_as_the_identity(method):
         assert not any(block.get_submodule(last).weight.any() for block in blocks)
         x = torch.rand(2, blocks[1].conv1.in_channels, 8, 8)
         assert torch.equal(blocks[1](x), x)
+        stages = method(arch, 8, zero_init_residual=False).stages
+        assert stages.get_submodule(f"layer1.1.{last}").weight.eq(1).all()

@@ -534,9 +534,9 @@ def test_two_processes_equal_one(in_two_processes, case):
 WITH_QUEUE = dict(arch="resnet50", epochs=200, batch_size=256, optimizer="sgd", weight_decay=1e-4,
                   image_size=224, crop_scale=0.2, p_blur=0.5, dim=128, queue_size=65536,
                   momentum=0.999, tau=0.2, bn_groups=8)
-REPORT = dict(arch="resnet50", batch_size=2048, lr=None, weight_decay=1e-6, warmup=10,
-              image_size=224, crop_scale=0.4, p_blur=[1.0, 0.1], dim=2048,
-              mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
+REPORT = dict(arch="resnet50", zero_init_residual=True, batch_size=2048, lr=None,
+              weight_decay=1e-6, warmup=10, image_size=224, crop_scale=0.4, p_blur=[1.0, 0.1],
+              dim=2048, mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
 RECIPES = {
     "moco_v2": dict(WITH_QUEUE, lr=0.03),
     "detco": dict(WITH_QUEUE, lr=0.06, local_size=255, local_scale=0.6, patch_size=64,
@@ -544,10 +544,10 @@ RECIPES = {
                   normalise_weights=False, rand_augment=False),
     "dupr": dict(WITH_QUEUE, lr=0.06, alpha=[0.1, 0.4, 0.7, 1.0], beta=[0.0, 0.0, 1.0, 1.0],
                  patch_keys=32, roi_size=[14, 14, 14, 7], rand_augment=False),
-    "soco": dict(arch="resnet50", epochs=100, batch_size=2048, lr=1.0, weight_decay=1e-5, warmup=10,
-                 image_size=224, small_size=112, view4=None, crop_scale=0.5, boxes_per_image=4,
-                 jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256, hidden=4096, dim=256,
-                 momentum=0.99, proposals="auto"),
+    "soco": dict(arch="resnet50", zero_init_residual=True, epochs=100, batch_size=2048, lr=1.0,
+                 weight_decay=1e-5, warmup=10, image_size=224, small_size=112, view4=None,
+                 crop_scale=0.5, boxes_per_image=4, jitter=0.1, p_blur=[1.0, 0.1], fpn_channels=256,
+                 hidden=4096, dim=256, momentum=0.99, proposals="auto"),
     "barlow_twins": dict(REPORT, epochs=150, lr_biases=0.0048, lambd=0.0051),
     "vicreg": dict(REPORT, epochs=100, invariance=25, variance=25, covariance=1)}
 
@@ -560,7 +560,7 @@ def test_defaults_are_the_recipe_unless_scenes_are_used(name):
     small = vars(parse_args([]))
     assert small["arch"] == "resnet18" and small["image_size"] < 100 and small["batch_size"] < 256
     assert small.get("queue_size", 0) < 4000
-    assert small.get("optimizer", "lars") == "lars"
+    assert small.get("optimizer", "lars") == "lars" and not small.get("zero_init_residual")
     kept = {"detco": ["weights"], "dupr": ["alpha", "beta"], "soco": ["lr"]}
     for key in kept.get(name, ()):
         assert small[key] == recipe[key]
@@ -630,6 +630,11 @@ def test_the_small_recipe_of_a_thousand_photos(name, flags):
         key: RECIPES[name][key] for key in ("lr", "weight_decay")}
 
 
+def last_norm(folder):
+    """The mean weight of the last batch norm of Res5's residual blocks, at the end of a run."""
+    return torch.load(folder / "backbone.pt", weights_only=True)["layer4.1.bn2.weight"].mean()
+
+
 @every_method
 def test_the_small_recipe_on_photos(tmp_path, capsys, name):
     make_photos(tmp_path / "data", 60)
@@ -639,7 +644,7 @@ def test_the_small_recipe_on_photos(tmp_path, capsys, name):
     said = capsys.readouterr().out
     assert f"{name}: data {tmp_path}/data, small True, " in said and ", arch resnet18, " in said
     assert ", batch_size 8, " in said and "step 7/7" in said
-    assert (tmp_path / "run" / "backbone.pt").exists()
+    assert last_norm(tmp_path / "run") == pytest.approx(1, abs=0.1)
 
 
 @every_method
@@ -692,7 +697,8 @@ def test_a_copied_file_trains(tmp_path):
     for name, process in started.items():
         out, _ = process.communicate(timeout=300)
         assert process.returncode == 0 and "run/backbone.pt is the pre-trained" in out, out
-        assert (tmp_path / name / "run" / "backbone.pt").exists()
+        start = 1 if name in CONTRASTIVE else 0  # of the paper's recipe; two steps lead little away
+        assert last_norm(tmp_path / name / "run") == pytest.approx(start, abs=0.1)
         assert column(tmp_path / name / "run", "step") == ["1", "2"]
 
 

@@ -183,6 +183,8 @@ def test_a_residual_block_starts_as_the_identity():
         assert all(block.bn1.weight.eq(1).all() for block in blocks)
         x = torch.rand(2, blocks[1].conv1.in_channels, 8, 8)
         assert torch.equal(blocks[1](x), x)
+        body = soco.Network(**{**SIZES, "arch": arch}, zero_init_residual=False).backbone.body
+        assert body.get_submodule(f"layer1.1.{last}").weight.eq(1).all()
 
 
 @pytest.mark.parametrize("size", [224, 112, 40, 36])
