@@ -213,7 +213,7 @@ def parse_args(argv=None):
     add("--measure-normalisation", action="store_true", help="print --mean and --std of the images")
     add_run_arguments(parser, out="runs/vicreg")
     return parse_recipe(
-        parser, argv, small=dict(zero_init_residual=False, image_size=64, lr=2.0,
+        parser, argv, small=dict(zero_init_residual=False, image_size=64, lr=4.0,
                                  p_blur=[0.0, 0.0], dim=128),
         scenes=dict(epochs=5, batch_size=128))
 
