@@ -389,7 +389,8 @@ def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, monkeypatch, name
     assert coloured and not any(coloured)  # the views are float32 in both
     assert cudnn.deterministic == (name not in ("dupr", "soco"))  # whose RoI Align is not
     assert losses["bfloat16"] != losses["float32"]
-    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
+    near = 0.08 if name == "soco" else None  # whose loss is from -8 to 8
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02, abs=near)
     cosine = torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0)
     assert cosine > 0.75
 
