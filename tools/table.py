@@ -47,12 +47,17 @@ def run_script(words, out, threads):
                        stderr=subprocess.STDOUT)
 
 
+def find_folder(row, seed, args):
+    """Where a row's runs with one seed are, and whether it has a script, which pre-trains."""
+    name, words = row.split("=", 1)
+    return args.out / name.replace(" ", "_") / f"seed{seed}", words.split()[0].endswith(".py")
+
+
 def measure(row, seed, args):
     """Pre-train and fine-tune a row with one seed -> the AP, AP50 and AP75 in % with each of
-    --vary, and how far the ResNet turned, as turned returns it, or None without a script."""
+    --vary."""
     name, words = row.split("=", 1)
-    folder, found = args.out / name.replace(" ", "_") / f"seed{seed}", []
-    script = words.split()[0].endswith(".py")
+    (folder, script), found = find_folder(row, seed, args), []
     weights = folder / args.file if script else words.format(seed=seed)
     if script and not weights.exists():
         run_script([*shlex.split(words), *shlex.split(args.pretrain), "--seed", str(seed)], folder,
@@ -65,7 +70,7 @@ def measure(row, seed, args):
         ap = json.loads((out / "ap.json").read_text())
         found.append([100 * ap[kind] for kind in ("AP", "AP50", "AP75")])
         print(f"{name}, seed {seed} {flags}: AP {found[-1][0]:.2f}", flush=True)
-    return found, turned(folder / "backbone.pt", seed) if script else None
+    return found
 
 
 def turned(weights, seed):
@@ -75,8 +80,8 @@ def turned(weights, seed):
     states = resnet_stages(find_architecture(weights)).state_dict(), load_checkpoint(weights)
     parts = "conv1", "layer1", "layer2", "layer3", "layer4"
     return [torch.cosine_similarity(*(torch.cat([
-        w.flatten() for name, w in state.items() if name.startswith(part) and w.dim() == 4])
-        for state in states), dim=0).item() for part in parts]
+        w.double().flatten() for name, w in state.items() if name.startswith(part) and w.dim() == 4
+    ]) for state in states), dim=0).item() for part in parts]
 
 
 def spread(values):
@@ -128,15 +133,16 @@ def main():
     names = [row.split("=", 1)[0] for row in args.rows]
     tasks = [(row, seed) for seed in args.seeds for row in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
-        found, cosines = zip(*pool.map(lambda task: measure(*task, args), tasks))
+        found = [*pool.map(lambda task: measure(*task, args), tasks)]
     found = np.array(found).reshape(len(args.seeds), len(names), len(args.vary), 3)
     for i, flags in enumerate(args.vary):
         print_table(names, found[:, :, i].transpose(1, 0, 2), flags,
                     [name for name in args.against if name in names])
     print("\n| cosine to the start | conv1 | Res2 | Res3 | Res4 | Res5 |\n|" + " --- |" * 6)
-    for i, name in enumerate(names):
-        if cosines[i] is not None:
-            mean = np.mean(cosines[i::len(names)], axis=0)
+    for name, row in zip(names, args.rows):
+        runs = [(*find_folder(row, seed, args), seed) for seed in args.seeds]
+        if all(script for _, script, _ in runs):
+            mean = np.mean([turned(run / "backbone.pt", seed) for run, _, seed in runs], axis=0)
             print(f"| {name} | " + " | ".join(f"{c:.3f}" for c in mean) + " |")
 
 
