@@ -83,7 +83,7 @@ def setup():
             store = dist.PrefixStore(f"restart {get('TORCHELASTIC_RESTART_COUNT')}", store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
                                 rank=int(get("RANK")), world_size=int(get("WORLD_SIZE")))
-        if not cuda:  # one that ends on an error before the others are connected leaves them hanging
+        if not cuda:  # else one that ends on an error leaves others waiting to connect
             dist.barrier()
     if cuda and local_rank >= torch.cuda.device_count():
         raise InputError(f"{local_rank + 1} processes, but {torch.cuda.device_count()} GPUs")
