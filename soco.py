@@ -332,8 +332,7 @@ def parse_args(argv=None):
     add("--proposals", default="auto", metavar="FILE", help="selective_search.py's, or random, or "
         "auto (default): search, and keep the boxes in the folder of the run (Table 5 c)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
-    # Differs: not in the small recipe, in whose few steps the blocks hardly leave the identity, and
-    # from there a detector learns more slowly than from random weights (RESULTS.md)
+    # Differs: not in the small recipe, where all methods start alike (RESULTS.md)
     add("--zero-init-residual", action=BooleanOptionalAction, default=True, help="residual blocks "
         "start as the identity (the authors' code); not in the small recipe")
     add("--epochs", type=whole(1), default=100, help="passes over the images (Table 1)")
