@@ -355,7 +355,7 @@ def parse_args(argv=None):
         help="m at the start, 1 at the end (Table 5 d)")
     add_run_arguments(parser, out="runs/soco")
     return parse_recipe(
-        parser, argv, small=dict(zero_init_residual=False, image_size=64, small_size=32,
+        parser, argv, small=dict(zero_init_residual=False, image_size=64, small_size=32, lr=4.0,
                                  p_blur=[0.0, 0.0], fpn_channels=64, hidden=512, dim=128),
         scenes=dict(epochs=3))
 

@@ -562,7 +562,7 @@ def test_defaults_are_the_recipe_unless_scenes_are_used(name):
     assert small["arch"] == "resnet18" and small["image_size"] < 100 and small["batch_size"] < 256
     assert small.get("queue_size", 0) < 4000
     assert small.get("optimizer", "lars") == "lars" and not small.get("zero_init_residual")
-    kept = {"detco": ["weights"], "dupr": ["alpha", "beta"], "soco": ["lr"]}
+    kept = {"detco": ["weights"], "dupr": ["alpha", "beta"], "soco": ["weight_decay"]}
     for key in kept.get(name, ()):
         assert small[key] == recipe[key]
     assert parse_args(["--arch", "resnet34"]).arch == "resnet34"  # a flag is above both
