@@ -273,7 +273,6 @@ def probe(args, device):
     """Probe each of --weights at each of --levels."""
     if args.batch_size < world_size():
         raise InputError(f"--batch-size {args.batch_size} is less than {world_size()} processes")
-    networks = load_backbones(args, device)
     train = read_data(args, "train")
     test = read_data(args, "test", train.classes)
     if min(len(train), len(test)) < max(2, world_size()):
@@ -293,15 +292,21 @@ def probe(args, device):
         if rank() == 0 and name == "training" and not images.all():
             missing = [c for n, c in zip(images.tolist(), data.classes) if not n]
             print(f"warning: no training image of {', '.join(missing)}", flush=True)
+
+    def batch():  # at most 32 training images of all classes
+        some = [train[i][0] for i in range(0, len(train), math.ceil(len(train) / 32))]
+        return normalize(torch.stack(some).to(device).float() / 255, args.mean, args.std)
+
     measured = {}
-    for label, stages, _ in networks:
+    for label, stages, _ in load_backbones(args, device, batch):
         features = zip(extract(stages, train, args, device, f"{label}, training"),
                        extract(stages, test, args, device, f"{label}, test"))
         measured[label] = []
         for level, both in zip(args.levels, features):
+            found = scores(*both, train.classes, args)
+            measured[label].append(found)
             if rank() == 0:
-                print(f"{label}: fitting classifiers on {level}", flush=True)
-            measured[label].append(scores(*both, train.classes, args))
+                print(f"{label}, {level}: {metric} {100 * found[metric]:.2f}", flush=True)
     if rank() == 0:
         report(measured, metric, chance, args)
 

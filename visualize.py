@@ -16,7 +16,7 @@ import csv
 import importlib
 import math
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -81,6 +81,15 @@ def squares(items, args, device):
     # Paper silent: resized to squares, not cropped, so that objects at the border count too
     pixels = torch.stack([resize(image, [args.size] * 2, antialias=True) for image, _ in items])
     return normalize(pixels.to(device).float() / 255, args.mean, args.std)
+
+
+def load_all(args, device):
+    """What load_backbones gives, random weights with batch norm's statistics of the first 32
+    pictures, and an iterator over the pictures."""
+    items = pictures(args)
+    first = [*islice(items, 32)]
+    return (load_backbones(args, device, lambda: squares(first, args, device)),
+            chain(first, items))
 
 
 def pooled(stages, x):
@@ -175,8 +184,9 @@ def correspond(q, k, view_q, view_k):
 
 def attention(args, device):
     """Where the level is active, over the image (DetCo, Fig. 5 and 6)."""
-    items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
-    pixels, rows = squares(items, args, device), []
+    networks, items = load_all(args, device)
+    items, rows = [*islice(items, args.rows)], []
+    pixels = squares(items, args, device)
     figure, axes = image_grid([image.shape[1] / image.shape[2] for image, _ in items],
                               [1] * (1 + len(networks)),
                               f"mean of {args.level.capitalize()} over channels, "
@@ -201,9 +211,9 @@ def attention(args, device):
 def retrieval(args, device):
     """The nearest neighbours of the first images (DetCo, Fig. 7), and how many of all images' share
     a class."""
-    networks, small, classes, rows = load_backbones(args, device), [], [], []
+    (networks, items), small, classes, rows = load_all(args, device), [], [], []
     features = {label: [] for label in args.labels}
-    for image, truth in pictures(args):
+    for image, truth in items:
         x = squares([(image, truth)], args, device)
         for label, stages, _ in networks:
             features[label].append(pooled(stages, x)[LEVELS.index(args.level)].float().cpu())
@@ -254,7 +264,7 @@ def similarity(args, device):
     images (DetCo, Fig. 9).  The first checkpoint of DetCo gives the recipe of the views."""
     import detco
     rows, encoders = [], [load_encoders(path, stages, args, device) for path, (_, stages, _)
-                          in zip(args.weights, load_backbones(args, device))]
+                          in zip(args.weights, load_all(args, device)[0])]
     recipes = [own for *_, own in encoders if own]
     recipe = recipes[0] if recipes else detco.parse_args(["--data", args.data] if args.data else [])
     measured = {}
@@ -301,10 +311,10 @@ def similarity(args, device):
 def iou_similarity(args, device):
     """How the features of a box change as it moves: DUPR's Eq. (9) against IoU, of 20 boxes around
     each annotated one (Fig. 6); the band is one standard deviation over boxes."""
-    networks, ious = load_backbones(args, device), []
+    (networks, items), ious = load_all(args, device), []
     values = {label: [] for label in args.labels}
     torch.manual_seed(args.seed)
-    for image, truth in pictures(args):
+    for image, truth in items:
         if truth is None:
             raise InputError("iou-similarity needs boxes: --dataset voc or coco, or no --data")
         height, width = image.shape[1:]
@@ -342,9 +352,9 @@ def iou_similarity(args, device):
 
 def correspondence(args, device):
     """Where each position of a view finds its like in another of the image (DUPR, Fig. 7)."""
-    networks, rows = load_backbones(args, device), []
+    (networks, items), rows = load_all(args, device), []
     torch.manual_seed(args.seed)
-    pairs = [two_views(image, args.size, (0.2, 1.0)) for image, _ in pictures(args)]
+    pairs = [two_views(image, args.size, (0.2, 1.0)) for image, _ in items]
     pixels = [augment_colour(torch.stack([view.pixels for view in pair]), mean=(0, 0, 0),
                              std=(1, 1, 1)) for pair in pairs]  # 0..1
     shown = min(args.rows, len(pairs))
@@ -380,8 +390,9 @@ def correspondence(args, device):
 def features(args, device):
     """The mean over channels of each level (the report, Fig. 2a): Res2..Res5, or P2..P5 where the
     file has an FPN."""
-    items, networks = [*islice(pictures(args), args.rows)], load_backbones(args, device)
-    x, rows = squares(items, args, device), []
+    networks, items = load_all(args, device)
+    items, rows = [*islice(items, args.rows)], []
+    x = squares(items, args, device)
     heights = [image.shape[1] / image.shape[2] for image, _ in items for _ in networks]
     figure, axes = image_grid(heights, [1] * 5, "mean of each level over channels: from the least "
                               "(dark) to the most (light)")

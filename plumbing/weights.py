@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import torch
+from torch.optim.swa_utils import update_bn
 
 from common import InputError, SwinStages, backbone_stages, rank
 
@@ -202,9 +203,11 @@ def name_weights(args):
         raise InputError(f"two of the names are alike, use --labels: {' '.join(args.labels)}")
 
 
-def load_backbones(args, device):
+def load_backbones(args, device, batch):
     """The networks of --weights, side by side: a list of (label, stages in eval mode, the file's
-    other tensors).  ``none`` among the weights is a backbone as it is initialised from --seed.
+    other tensors).  ``none`` among the weights is a backbone as it is initialised from --seed, with
+    batch norm's statistics of the images (B, 3, H, W) that batch() gives: left at 0 and 1, they
+    would not normalise, and pre-training would get the credit for what batch norm does.
 
     Fills in args.labels, as name_weights does.  Raises InputError.
     """
@@ -220,7 +223,9 @@ def load_backbones(args, device):
     networks = []
     for label, path, arch in zip(args.labels, args.weights, archs):
         torch.manual_seed(args.seed)
-        stages = backbone_stages(arch)
+        stages = backbone_stages(arch).eval()
         rest = load_backbone(stages, path) if path != "none" else {}
-        networks.append((label, stages.eval().to(device), rest))
+        networks.append((label, stages.to(device), rest))
+        if path == "none":
+            update_bn([batch()], stages)
     return networks

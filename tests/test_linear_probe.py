@@ -239,7 +239,9 @@ def test_one_process_and_two(classes, tmp_path, capsys):
     one, two = one["res3"], two["res3"]
     assert len(one) == 7 and 0.3 < one["mAP"] < 0.9
     assert one == pytest.approx(two, abs=1e-3)
-    assert f"res3     {100 * one['mAP']:6.2f}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"res3     {100 * one['mAP']:6.2f}" in said  # in the table
+    assert f"random, res3: mAP {100 * one['mAP']:.2f}\n" in said  # as soon as it is known
 
 
 def test_bad_input_is_one_line(classes, tmp_path):

@@ -273,16 +273,26 @@ def test_backbones_side_by_side(tmp_path, capsys):
         (tmp_path / folder).mkdir()
         save_tensors({**state, "fc.bias": torch.ones(3)}, tmp_path / folder / "backbone.pt")
     paths = [str(tmp_path / folder / "backbone.pt") for folder in ("one", "two")]
+    torch.manual_seed(0)
+    images = 3 + torch.randn(4, 3, 128, 128)
 
     def load(**given):
         args = SimpleNamespace(**{**dict(labels=None, arch=["resnet18"], seed=5), **given})
-        return load_backbones(args, torch.device("cpu")), args.labels
+        return load_backbones(args, torch.device("cpu"), lambda: images), args.labels
 
     networks, labels = load(weights=["none", *paths], arch=["resnet34", "resnet18", "resnet18"])
     assert labels == [label for label, _, _ in networks] == ["random", "one", "two"]
     assert not any(stages.training for _, stages, _ in networks)
     torch.manual_seed(5)
-    assert equal(networks[0][1].state_dict(), resnet_stages("resnet34").state_dict())
+    random, start = networks[0][1], resnet_stages("resnet34")
+    assert equal(dict(random.named_parameters()), dict(start.named_parameters()))
+    with torch.no_grad():
+        first = start.conv1(images).transpose(0, 1).flatten(1)  # (64, B H W)
+        torch.testing.assert_close(random.bn1.running_mean, first.mean(1))
+        torch.testing.assert_close(random.bn1.running_var, first.var(1))
+        for one, two in zip(random(images), start.train()(images)):  # nearly the batch's own
+            torch.testing.assert_close(one.std(), two.std(), atol=0, rtol=0.05)
+        assert start.eval()(images)[3].std() > 2 * one.std()  # not so with 0 and 1
     assert networks[0][2] == {}
     for _, stages, rest in networks[1:]:
         assert isinstance(stages, ResNetStages) and equal(stages.state_dict(), state)
@@ -309,16 +319,18 @@ def test_the_architecture_is_found_in_the_file(tmp_path, arch, capsys):
     save_tensors({f"module.encoder_q.{k}": v for k, v in stages.state_dict().items()}, path)
     assert find_architecture(path) == arch
     args = SimpleNamespace(weights=["none", str(path)], labels=None, arch=None, data=None, seed=0)
-    (_, random, _), (_, found, _) = load_backbones(args, torch.device("cpu"))
+    images = torch.rand(2, 3, 64, 64)
+    (_, random, _), (_, found, _) = load_backbones(args, torch.device("cpu"), lambda: images)
     assert equal(found.state_dict(), stages.state_dict())
     assert random.state_dict().keys() == found.state_dict().keys()  # as the other
     args = SimpleNamespace(weights=["none"], labels=None, arch=None, data="photos", seed=0)
-    assert load_backbones(args, torch.device("cpu"))[0][1].channels[-1] == 2048  # ResNet-50
+    (_, random, _), = load_backbones(args, torch.device("cpu"), lambda: images)
+    assert random.channels[-1] == 2048  # ResNet-50
     torch.save({"fc.weight": torch.zeros(2)}, path)
     assert find_architecture(path) is None
     args.weights = [str(path)]
     with pytest.raises(InputError, match="holds no ResNet"):
-        load_backbones(args, torch.device("cpu"))
+        load_backbones(args, torch.device("cpu"), None)
 
 
 def test_a_checkpoint_is_whole_or_not_there(tmp_path):
