@@ -2,7 +2,8 @@
 
 DetCo's Tables 2 and 8 and DUPR's Table VI (b).  The backbone does not train: an image's features
 are the mean of a stage over its positions, computed once.  Detectors read all four stages, while a
-loss at Res5 alone teaches the shallow ones little.  Read first: a method, for the --weights.
+loss at Res5 alone teaches the shallow ones little.  Random weights (none) have the batch norm
+statistics of 32 training images.  Read first: a method, for the --weights.
 
 Data sets
     scenes, voc, coco   which classes are in an image?  One linear SVM per class (fit_svm,

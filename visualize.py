@@ -9,7 +9,7 @@
     python visualize.py similarity --weights none runs/detco/checkpoint.pt
 
 `none` is a backbone with random weights: what a figure shows of it comes from the architecture
-alone.  Batch norm uses its running statistics.
+alone.  Batch norm uses its running statistics, with random weights those of up to 32 of the images.
 """
 import argparse
 import csv
