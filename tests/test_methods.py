@@ -356,6 +356,14 @@ def test_the_image_loss_of_the_last_level_alone_is_moco(recorded, tmp_path, name
     assert_identical(*(load_checkpoint(out / "backbone.pt") for out in (moco, tmp_path)))
 
 
+def test_the_image_losses_of_all_levels_are_detco_s_and_dupr_s_alike(tmp_path):
+    run("detco", tmp_path / "detco", "--no-local")
+    run("dupr", tmp_path / "dupr", *"--beta 0 0 0 0".split())
+    assert column(tmp_path / "detco", "loss") == column(tmp_path / "dupr", "loss")
+    assert_identical(*(load_checkpoint(tmp_path / name / "backbone.pt")
+                       for name in ("detco", "dupr")))
+
+
 @every_method
 def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, monkeypatch, name):
     losses, gradients, mixed, coloured = {}, {}, [], []
