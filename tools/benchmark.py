@@ -253,7 +253,8 @@ def compare(args, variants, both=True):
     rows, number = [], args.batch_size * (WARM + args.steps)
     with tempfile.TemporaryDirectory() as folder:
         sources = make_images(Path(folder), min(number, 512), args.data)
-        for i in range(len(sources), number):
+        # as many images as keys, which check_queue asks for
+        for i in range(len(sources), max(number, args.queue_size)):
             (Path(folder) / f"{i:06}.jpg").symlink_to(sources[i % len(sources)])
         measured = []
         for _ in range(args.rounds):
@@ -304,7 +305,8 @@ def levels(args):
 
 def growth(args):
     compare(args, {f"K {k}": ("moco_v2", ["--queue-size", str(k)])
-                   for k in (4096, 16384, 65536)}, both=False)
+                   for k in (args.queue_size // 16, args.queue_size // 4, args.queue_size)},
+            both=False)
     compare(args, {f"S {s}": ("dupr", ["--roi-size", *map(str, (s, s, s, s // 2))])
                    for s in (4, 8, 14)}, both=False)
     compare(args, {f"P {p}": ("soco", ["--boxes-per-image", str(p)]) for p in (1, 4, 8, 16)},
@@ -343,7 +345,7 @@ def bare_loop(batch_size, size, steps):
 
 def bare(args):
     words = ("--image-size 64 --batch-size 128 --queue-size 4096 --arch resnet18 --random-queue "
-             "--scenes 2000").split()
+             "--scenes 2000 --optimizer sgd").split()
     ratios = []
     for _ in range(args.rounds):
         ours = alone(train, "moco_v2", words, args.steps, True)[0]
@@ -445,7 +447,8 @@ def main():
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
                         help="step: loader workers")
     parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
-    parser.add_argument("--queue-size", type=int, default=65536, help="step: K")
+    parser.add_argument("--queue-size", type=int, default=65536,
+                        help="step: K; growth: the largest")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="step: any of the "
                         "method's own, last on the line")
     parser.add_argument("--csv", metavar="FILE", help="step, levels: keep the table")
