@@ -1,6 +1,7 @@
 """tools/table.py, with runs that write what they would: AP by row and seed, and weights."""
 import json
 
+import numpy as np
 import torch
 
 from common import resnet_stages
@@ -46,3 +47,10 @@ def test_rows_seeds_and_differences(tmp_path, capsys, monkeypatch):
     assert cosines == ["| a moco |" + 5 * " 1.000 |"]  # three times as long, but not turned
     table.main()  # once more: nothing is left to do
     assert len(started) == 21
+
+
+def test_a_table_with_nothing_to_subtract(capsys):
+    table.print_table(["a"], np.full((1, 2, 3), 7.0), "--flags", [])
+    assert capsys.readouterr().out.splitlines() == [
+        "", "| --flags | AP | of each seed | AP50 | AP75 |", "| --- | --- | --- | --- | --- |",
+        "| a | 7.0 ± 0.0 | 7.00, 7.00 | 7.0 | 7.0 |"]

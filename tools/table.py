@@ -92,16 +92,17 @@ def spread(values):
 
 def print_table(names, found, flags, against):
     """A table in Markdown.  found: (rows, seeds, 3); against: rows to subtract, by name."""
-    print(f"\n| {flags} | AP | of each seed | AP50 | AP75 | "
-          + " | ".join(f"minus {name}" for name in against) + " |")
-    print("|" + " --- |" * (5 + len(against)))
+    rows = [[flags, "AP", "of each seed", "AP50", "AP75", *(f"minus {name}" for name in against)]]
+    rows.append(["---"] * len(rows[0]))
     for name, values in zip(names, found):
-        differences = [spread(values[:, 0] - found[names.index(other)][:, 0]) if other != name
-                       else "" for other in against]
-        print(f"| {name} | {spread(values[:, 0])} | "
-              + ", ".join(f"{v:.2f}" for v in values[:, 0])
-              + f" | {np.mean(values[:, 1]):.1f} | {np.mean(values[:, 2]):.1f} | "
-              + " | ".join(differences) + " |")
+        each, ap50, ap75 = values.T
+        rows.append([name, spread(each), ", ".join(f"{v:.2f}" for v in each), f"{ap50.mean():.1f}",
+                     f"{ap75.mean():.1f}",
+                     *("" if other == name else spread(each - found[names.index(other)][:, 0])
+                       for other in against)])
+    print()
+    for cells in rows:
+        print("| " + " | ".join(cells) + " |")
 
 
 def parse_args(argv=None):
