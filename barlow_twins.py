@@ -173,7 +173,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("recipe (section of the paper)").add_argument
     add("--arch", default="resnet50", help="torchvision's name of a ResNet or Swin Transformer")
     # Differs: not in the small recipe, in whose few steps the blocks hardly leave the identity, and
-    # from there a detector learns more slowly than from random weights (RESULTS.md)
+    # all methods start alike (RESULTS.md)
     add("--zero-init-residual", action=BooleanOptionalAction, default=True, help="residual blocks "
         "start as the identity (the authors' code); not in the small recipe")
     # Differs: 150 epochs and crops of at least 40%, as in the report; the paper's are 1000 and 8%

@@ -90,8 +90,8 @@ def train(args, device):
     torch.manual_seed(args.seed)
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
     model, ddp = distribute(model, device)
-    # Differs: the small recipe takes LARS.  In a few hundred steps SGD turns little but conv1
-    # (RESULTS.md): behind batch norm, a step turns weights by less the longer they are.
+    # Differs: the small recipe takes LARS.  In a few hundred steps SGD changes the direction of
+    # little but conv1's weights (RESULTS.md): behind batch norm, the longer they are the less.
     kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
     optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
                      weight_decay=args.weight_decay)
