@@ -113,7 +113,6 @@ def train(args, device):
         raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.dim, args.lambd, args.zero_init_residual)
-    # Differs: bfloat16 on GPUs, where the loss is float32
     model, ddp = distribute(model, device, sync_batch_norm=True)
     by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
                               [*LEARNING_RATES.values()])  # constant below the least size
@@ -129,6 +128,7 @@ def train(args, device):
     origin = "for this batch size" if args.lr is None else "as asked"
     run.say(f"lr {lr:.3g} per 256 images, {origin}: {lr * args.batch_size / 256:.3g} for "
             f"{args.batch_size}")
+    # Differs: bfloat16 on GPUs, float16 in the authors' code; the loss is float32
     mixed = mixed_precision(args, device, args.image_size)
 
     def batches(steps=None):
@@ -181,13 +181,15 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(1), default=2048, help="total over all processes (Sec. 2.2)")
     add("--lr", type=real(0), help="of weights, per 256 images (Sec. 2.2; default: by batch size, "
         "0.2 for 2048 to 0.7 for 128)")
-    add("--lr-biases", type=real(0), default=0.0048, help="of biases and batch norm, likewise")
+    add("--lr-biases", type=real(0), default=0.0048, help="of biases and batch norm, per "
+        "256 images (Sec. 2.2)")
     # Differs: decay (paper: 1.5e-6), lambda (0.005), blur and solarize are as in the authors' code
     add("--weight-decay", type=real(0), default=1e-6, help="of weights (the authors' code)")
     add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr (Sec. 2.2)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels (Sec. 2.2)")
     add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
-    add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P", help="of each view")
+    add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P",
+        help="chance of a blur in each view")
     add_normalisation_arguments(add)
     add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
     add("--lambd", type=real(0), default=0.0051, help="lambda (the authors' code)")

@@ -1,10 +1,10 @@
 """What the papers share and a reader must understand: the four stages of a backbone, batch norm as
 on several GPUs, RoI Align on a pyramid, InfoNCE, the queue of negatives, the momentum encoder,
-shuffling BN, the way of a box into a view, LARS and the learning rate's schedule; and the
+shuffling BN, mapping boxes into a view, LARS and the learning rate's schedule; and the
 collectives that these need.
 
-Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss,
-P boxes per image.
+Letters: B images, C channels, H W pixels, D embedding size, K queue length, N rows fed to a loss or
+boxes of a batch, P boxes per image, S cells along a side of a RoI.
 """
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-# Imported within functions, torchvision does not delay --help: it takes as long to load as torch
+# torchvision is imported within functions: it takes as long to load as torch, and delays --help
 
 
 class InputError(ValueError):
@@ -40,7 +40,7 @@ def all_gather(x):
     if world_size() == 1:
         return x
     gathered = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    new_name, name = "all_gather_single", "all_gather_into_tensor"  # since torch 2.14, before
+    new_name, name = "all_gather_single", "all_gather_into_tensor"  # since torch 2.14; before
     getattr(dist, new_name if hasattr(dist, new_name) else name)(gathered, x.contiguous())
     return gathered
 
@@ -158,7 +158,8 @@ def batch_norm_groups(groups, batch_size):
     """One process's share of ``groups`` parts of the global batch.  Raises InputError if processes
     or images cannot be shared out equally."""
     if groups % world_size():
-        raise InputError(f"{groups} batch norm groups do not divide over {world_size()} processes")
+        raise InputError(f"{groups} batch norm groups cannot be split evenly over "
+                         f"{world_size()} processes")
     if batch_size % groups:
         raise InputError(f"batch size {batch_size} does not divide into {groups} batch norm groups")
     return groups // world_size()
@@ -197,7 +198,7 @@ def resnet_stages(arch, norm_layer=nn.BatchNorm2d, depth=4, zero_init_residual=F
     passes on its input (Goyal et al. 2017, arXiv 1706.02677, Sec. 5.1).
     """
     import torchvision
-    known = [n for n in torchvision.models.list_models(torchvision.models) if "resne" in n]
+    known = torchvision.models.list_models(torchvision.models, include="*resne*")
     if arch not in known:
         raise InputError(f"unknown architecture {arch} (known: {', '.join(known)})")
     resnet = torchvision.models.get_model(arch, weights=None, norm_layer=norm_layer,
@@ -231,7 +232,10 @@ def backbone_stages(arch, zero_init_residual=False):
     """The torchvision Swin Transformer or ResNet called ``arch``, randomly initialised;
     zero_init_residual: of ResNets, as resnet_stages takes it."""
     import torchvision
-    if arch.startswith("swin_") and arch in torchvision.models.list_models(torchvision.models):
+    if arch.startswith("swin_"):
+        known = torchvision.models.list_models(torchvision.models, include="swin_*")
+        if arch not in known:
+            raise InputError(f"unknown architecture {arch} (known: {', '.join(known)}; ResNets)")
         return SwinStages(torchvision.models.get_model(arch, weights=None))
     return resnet_stages(arch, zero_init_residual=zero_init_residual)
 
@@ -258,7 +262,7 @@ class PyramidRoIAlign(nn.Module):
         """Boxes (N, 4) in their image's pixels -> the index of each one's level, (N,).
 
         Lin et al. 2017, arXiv 1612.03144, Eq. (1), with detectron2's 1e-8 (modeling/poolers.py);
-        the borders of torchvision's rule are lower by 0.7 millionths.
+        torchvision's adds 1e-6 to k, which puts the borders lower by 7e-7 of their value.
         """
         sides = (boxes[:, 2:] - boxes[:, :2]).prod(1).sqrt()
         k = (4 + torch.log2(sides / self.canonical + 1e-8)).floor()
@@ -416,8 +420,9 @@ def cosine_schedule(step, steps, warmup=0, start=0.0, end=0.0):
 
 
 class LARS(torch.optim.SGD):
-    """SGD in which each weight's step is in proportion to its length (You et al. 2017, arXiv
-    1708.03888): a gradient g becomes u trust |w| / |u|, where u = g + decay w.
+    """SGD whose step of each weight tensor w is in proportion to its norm (You et al. 2017, arXiv
+    1708.03888): a gradient g becomes u trust |w| / |u|, where u = g + decay w and trust is the
+    trust coefficient.
 
     Where w or u is 0 the factor is 1.  Parameters of one dimension (biases, normalisation) take
     SGD's step, without decay.  Overwrites the gradients.
@@ -433,7 +438,8 @@ class LARS(torch.optim.SGD):
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
         # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et al. has
-        # |g| + decay |w|.  A weight without gradient shrinks by lr trust a step.
+        # |g| + decay |w|.  Here a weight whose gradient stays 0 shrinks, whatever the decay, by
+        # about lr trust / (1 - momentum) of itself a step.
         us = [w.grad for w in weights]
         torch._foreach_add_(us, weights, alpha=self.decay)
         norms = torch.stack(torch._foreach_norm(weights + us)).view(2, -1)  # of w, u: (2, weights)

@@ -2,8 +2,8 @@
 arXiv 2102.04803).
 
 MoCo v2 at every stage of the backbone, so that shallow features learn to tell images apart as well;
-and, beside each whole view, a local view cut into nine patches, whose joint embedding must match
-the key of another such set of patches and the key of a whole view of the same image.
+and, beside each global view, a local view cut into nine patches, whose joint embedding must match
+the key of another such set of patches and the key of a global view of the same image.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the nine patches and their heads, and
 so eight queues and three losses per level.
@@ -27,7 +27,7 @@ Equations
     Section 3.3, the local view                                   local_view, cut_patches
     Algorithm 1 (Eq. 3 alone)                                     DetCo.forward, the loop of train
 
-Commands (the tables' runs have 100 epochs; 15 (a) is moco_v2.py with --lr 0.06)
+Commands (the tables' runs: --epochs 100 and an --out of their own; 15 (a) is moco_v2.py --lr 0.06)
     python detco.py                                      built-in scenes, minutes on a CPU
     torchrun --nproc_per_node=8 detco.py --data DIR      eight GPUs, the paper's recipe
     torchrun detco.py --data DIR --rand-augment                            DetCo+AA
@@ -76,8 +76,8 @@ def cut_patches(pixels, corners, size):
     """pixels (B, 3, L, L), corners (B, 9, 2) x y -> the patches (B, 9, 3, size, size)."""
     offsets = torch.arange(size, device=pixels.device)
     x, y = (corners.unsqueeze(-1) + offsets).unbind(2)  # (B, 9, size) each
-    image = torch.arange(len(pixels), device=pixels.device).view(-1, 1, 1, 1)
-    patches = pixels[image, :, y.unsqueeze(3), x.unsqueeze(2)]  # (B, 9, size, size, 3)
+    index = torch.arange(len(pixels), device=pixels.device).view(-1, 1, 1, 1)
+    patches = pixels[index, :, y.unsqueeze(3), x.unsqueeze(2)]  # (B, 9, size, size, 3)
     return patches.permute(0, 1, 4, 2, 3)
 
 
@@ -160,7 +160,8 @@ class DetCo(nn.Module):
 
     def forward(self, view_q, view_k, patches_q=None, patches_k=None):
         """Global views (B, 3, H, W) and patches (B, 9, 3, h, w) -> loss, the keys to push after the
-        update, what to log.  Without patches: Eq. (3)."""
+        update, what to log (accuracy, similarities and deviation of the deepest level's global
+        queries).  Without patches: Eq. (3)."""
         count = len(self.levels)
         q_g = self.encoder_q(view_q)  # a list of (B, D), one for each level
         q_l = self.encoder_q(patches_q) if patches_q is not None else []
@@ -198,8 +199,9 @@ def train(args, device):
     optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
                      weight_decay=args.weight_decay)
     run = Run(args, "detco", images, model=model, optimizer=optimizer)
-    # Differs: bfloat16 on GPUs, as in moco_v2.py
-    mixed = mixed_precision(args, device, args.image_size if args.no_local else args.patch_size)
+    # Differs: bfloat16 on GPUs; the paper's mixed precision is Apex's (Sec. 6.5)
+    side = args.image_size if args.no_local else min(args.image_size, args.patch_size)
+    mixed = mixed_precision(args, device, side)
 
     def coloured(view):
         # Paper silent: the colours of a local view are drawn once, before its patches are cut
@@ -246,14 +248,15 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 6.5)")
     add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
-        "of the small recipe lars, at --lr 4 and --weight-decay 1e-6")
+        "in the small recipe lars, with --lr 4 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--weights", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="of Res2..Res5 (Sec. 6.5, Table 15)")
     add("--normalise-weights", action="store_true", help="divide them by their sum (Table 15)")
     add("--no-local", action="store_true", help="no patches: the intermediate loss alone (Eq. 3)")
     add("--share-queue", action="store_true", help="one queue for all levels (Table 16)")
-    add("--rand-augment", action="store_true", help="RandAugment before the colours (+AA, 3.3)")
+    add("--rand-augment", action="store_true", help="RandAugment before the colours "
+        "(DetCo+AA, Sec. 3.3)")
     add("--image-size", type=whole(8), default=224, help="side of a global view in pixels")
     add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of the image in it")
     add("--local-size", type=whole(24), default=255, help="side of a local view, 3 x 3 cells")

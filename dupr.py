@@ -1,9 +1,10 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.,
 TPAMI 2022, arXiv 2103.04814).
 
-Beside the contrast of whole images, at every stage of the backbone, one of places, at the last two:
-where two crops of an image overlap, each position of a feature map must be matched with the same
-place in the other crop, among positions of other images.  So features learn where things are.
+To MoCo v2's contrast of whole images, here at every stage of the backbone, it adds one of places,
+at the last two: where two crops of an image overlap, each position of a feature map must be matched
+with the same place in the other crop, among positions of other images.  So features learn where
+things are.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the overlap of the two crops and its
 way through crop, flip and RoI Align, and the queues of patches.
@@ -30,7 +31,7 @@ Equations
     (8)  L_image                                                  common.info_nce
     (9)  mean similarity of two regions, position by position     region_similarity
 
-Commands
+Commands (the tables' runs: each an --out of its own)
     python dupr.py                                       built-in scenes, minutes on a CPU
     torchrun --nproc_per_node=8 dupr.py --data DIR                     recipe of the ablations
     torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      of the main experiments
@@ -209,7 +210,8 @@ class DUPR(nn.Module):
 
     def forward(self, view_q, view_k):
         """Two batches of views, their pixels (B, 3, H, H) normalised -> loss, the keys to push
-        after the update, what to log."""
+        after the update, what to log (accuracy, similarities and deviation of the deepest level of
+        each kind, of patches about one position of each image)."""
         place_q, place_k, valid = overlap(view_q, view_k)
         q = self.encoder_q(view_q.pixels, *place_q)
         keys, k = self.encode_keys(view_k, place_k, valid, self.patch_keys)
@@ -241,8 +243,8 @@ def train(args, device):
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     if args.patch_keys % world_size():
-        raise InputError(f"{args.patch_keys} patch keys do not divide over {world_size()} "
-                         "processes")
+        raise InputError(f"{args.patch_keys} patch keys cannot be split evenly over "
+                         f"{world_size()} processes")
     check_queue(args.queue_size, max(args.batch_size, args.patch_keys if any(args.beta) else 0),
                 args.momentum, len(images))
     groups = batch_norm_groups(args.bn_groups, args.batch_size)  # as in moco_v2.py
@@ -256,7 +258,8 @@ def train(args, device):
                      weight_decay=args.weight_decay)
     run = Run(args, "dupr", images, model=model, optimizer=optimizer)
     mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
-    torch.backends.cudnn.deterministic = False  # it is slower, and RoI Align is not (see align)
+    # Deterministic convolutions are slower, and of no use where RoI Align is not (see align)
+    torch.backends.cudnn.deterministic = False
 
     def batches(steps=None):
         """(step, view_q, view_k), their pixels on the device, of all steps still to do or of
@@ -298,7 +301,7 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.2.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 3.2.3)")
     add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
-        "of the small recipe lars, at --lr 2 and --weight-decay 1e-6")
+        "in the small recipe lars, with --lr 2 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--alpha", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
         help="weights of the image losses of Res2..Res5 (Sec. 3.2.3)")

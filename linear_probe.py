@@ -43,8 +43,8 @@ from plumbing.weights import LEVELS, load_backbones
 class Labelled(Dataset):
     """Item i: the centre of image i, (3, size, size) uint8; i; whether image i could be decoded.
 
-    images: ImageFiles or Scenes.  targets: (n, K) in 1 (class present), -1 (absent) and 0 (not
-    judged), or (n,) class numbers.
+    images: ImageFiles or Scenes.  targets: (n, classes) in 1 (class present), -1 (absent) and 0
+    (not judged), or (n,) class numbers.
     """
 
     def __init__(self, images, targets, classes, args):
@@ -108,9 +108,9 @@ def read_data(args, part, classes=None):
 
 @torch.no_grad()
 def extract(stages, data, args, device, what):
-    """For each of --levels features (n, C), float32, and targets: of all images in every process,
-    but with --dataset folder of this process's share.  Images that cannot be decoded are left out;
-    over 1%: InputError.  what: names them in progress lines."""
+    """For each of --levels features (n, C), float32, and their targets.  With --dataset folder each
+    process gets its own share of the images, else all get all.  Images that cannot be decoded are
+    left out; raises InputError if over 1% cannot.  what: names the images in progress lines."""
     mine = range(rank(), len(data), world_size())
     loader = DataLoader(data, args.batch_size // world_size(), sampler=mine,
                         num_workers=args.workers, worker_init_fn=leave_signals_to_trainer,
@@ -139,17 +139,18 @@ def extract(stages, data, args, device, what):
 
 
 def svm_objective(w, b, x, y, cost):
-    """|w|^2 / 2 + C sum_i max(0, 1 - y_i (w x_i + b))^2 of each class, (K,).
+    """|w|^2 / 2 + cost sum_i max(0, 1 - y_i (w x_i + b))^2 of each class, (classes,).
 
-    w (K, D), b (K,), x (n, D), y (n, K) in 1, -1, and 0 for what is not judged, cost C (K,).
+    w (classes, C), b (classes,), x (n, C), y (n, classes) in 1, -1, and 0 for what is not judged,
+    cost (classes,).
     """
-    slack = F.relu(1 - y * (x @ w.T + b)) * (y != 0)  # (n, K)
+    slack = F.relu(1 - y * (x @ w.T + b)) * (y != 0)  # (n, classes)
     return (w ** 2).sum(1) / 2 + cost * (slack ** 2).sum(0)
 
 
 def fit_svm(x, y, cost, start=None, steps=1500):
-    """The minimum of svm_objective by L-BFGS in float64, from ``start`` (w, b) or 0 -> w (K, D),
-    b (K,).  The bias is not penalised."""
+    """The minimum of svm_objective by L-BFGS in float64, from ``start`` (w, b) or 0 -> w
+    (classes, C), b (classes,).  The bias is not penalised."""
     mean = x.double().mean(0)
     x, y, cost = x.double() - mean, y.double(), cost.double()  # the bias takes up the mean
     w, b = start or (x.new_zeros(y.shape[1], x.shape[1]), x.new_zeros(y.shape[1]))
@@ -168,7 +169,8 @@ def fit_svm(x, y, cost, start=None, steps=1500):
 
 
 def average_precision(scores, y):
-    """Area under the precision-recall curve of one class, its precision made to fall with recall.
+    """Area under the precision-recall curve of one class, with the precision made
+    non-increasing in recall.
 
     scores (n,); y (n,) in 1, -1, and 0 for what is not judged.  NaN without a positive.  Of equal
     scores the negatives come first.
@@ -184,9 +186,10 @@ def average_precision(scores, y):
 
 
 def svm_scores(train, test, classes, args):
-    """mAP and the AP of each of the classes, from features (n, D) and targets (n, K): a dict."""
+    """mAP and the AP of each of the classes, from features (n, C) and targets (n, classes): a
+    dict."""
     def precisions(w, b, x, y):
-        return [average_precision(s, t) for s, t in zip((x @ w.T + b).T.cpu(), y.T.cpu())]  # (K,)
+        return [average_precision(s, t) for s, t in zip((x @ w.T + b).T.cpu(), y.T.cpu())]
 
     # Paper silent: features of unit length; each class takes the cost that does best on a fifth of
     # the training images, held out, and is fitted again on all of them
@@ -197,9 +200,9 @@ def svm_scores(train, test, classes, args):
     for cost in costs:
         start = fit_svm(x[rest], y[rest], torch.full_like(y[0], cost), start)
         tried.append(precisions(*start, x[held_out], y[held_out]))
-    tried = np.array(tried)  # (costs, K)
+    tried = np.array(tried)  # (costs, classes)
     mean = np.nan_to_num(tried).mean(1, keepdims=True)  # for a class without a positive held out
-    best = np.where(np.isnan(tried), mean, tried).argmax(0)  # (K,)
+    best = np.where(np.isnan(tried), mean, tried).argmax(0)  # (classes,)
     w, b = fit_svm(x, y, torch.tensor(costs)[best].to(x.device), start)
     found = precisions(w, b, x_test, y_test)
     return {"mAP": np.nanmean(found), **dict(zip(classes, found))}
@@ -317,13 +320,15 @@ def parse_args(argv=None):
     parser = Parser(description="Linear classifiers on frozen features.")
     add_backbone_arguments(parser)
     add = parser.add_argument
-    add("--levels", nargs="+", choices=LEVELS, default=LEVELS)
-    add("--dataset", choices=["scenes", "voc", "coco", "folder"], default="scenes")
-    add("--data", help="folder, for voc, coco and folder")
+    add("--levels", nargs="+", choices=LEVELS, default=LEVELS, help="stages to probe")
+    add("--dataset", choices=["scenes", "voc", "coco", "folder"], default="scenes",
+        help="what to probe on")
+    add("--data", help="folder of the data set; scenes need none")
     add("--train-split", nargs="+", help="default: 2007/trainval, train2017 or train")
     add("--test-split", nargs="+", help="default: 2007/test, val2017 or val")
     add("--image-size", type=whole(32), default=224, help="side in pixels; for scenes 96")
-    add("--crop", type=real(0.1, 1), default=0.875, help="of the short side; for scenes 1")
+    add("--crop", type=real(0.1, 1), default=0.875, help="side of the centre crop, as a "
+        "share of the short side; for scenes 1")
     add("--costs", type=real(1e-9), nargs="+", default=[10.0 ** k for k in range(-2, 4)],
         metavar="C", help="of the SVMs, to choose from")
     add("--batch-size", type=whole(1), default=256, help="total over all processes")

@@ -91,7 +91,7 @@ def train(args, device):
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
     model, ddp = distribute(model, device)
     # Differs: the small recipe takes LARS.  In a few hundred steps SGD changes the direction of
-    # little but conv1's weights (RESULTS.md): behind batch norm, the longer they are the less.
+    # little but conv1's weights (RESULTS.md): before a batch norm, the larger their norm the less.
     kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
     optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
                      weight_decay=args.weight_decay)
@@ -137,7 +137,7 @@ def parse_args(argv=None):
     add("--batch-size", type=whole(1), default=256, help="total over all processes (MoCo, Sec. 4)")
     add("--lr", type=real(0), default=0.03, help="per 256 images of the batch (MoCo, Sec. 4)")
     add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
-        "of the small recipe lars, at --lr 2 and --weight-decay 1e-6")
+        "in the small recipe lars, with --lr 2 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels")
     add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of an image in a view")

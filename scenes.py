@@ -83,7 +83,7 @@ def draw(size, seed, index):
     for label in rng.integers(len(CLASSES), size=rng.integers(1, 6)).tolist():
         side = max(8, size * rng.uniform(0.15**0.5, 0.5**0.5) ** 2)  # small ones more often
         reach, area = SHAPES[CLASSES[label]][0] * side + 2, SHAPES[CLASSES[label]][1] * side**2
-        for _ in range(20):  # places; the first shape takes the first: 2/3 are inside
+        for _ in range(20):  # places to try; the first shape keeps its first, 2/3 or more inside
             cx, cy = rng.uniform(0.33 * side, size - 0.33 * side, 2).tolist()
             near = tuple(slice(max(0, int(c - reach)), int(c + reach)) for c in (cy, cx))
             y, x, turn = at[near[0], None], at[near[1]], rng.uniform(0, 2 * math.pi)
@@ -111,7 +111,8 @@ def draw(size, seed, index):
 
 
 class Scenes(torch.utils.data.Dataset):
-    """`scenes[i]`: image (3, size, size) uint8; cache=True draws once, into shared memory."""
+    """n scenes of size x size pixels, drawn by seed: `scenes[i]` is an image (3, size, size) uint8.
+    cache=True draws each once, into shared memory."""
 
     def __init__(self, n, size, seed, cache=False):
         self.n, self.size, self.seed, self.cache = n, size, seed, cache
@@ -155,7 +156,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Draw a contact sheet of the built-in scenes.")
     parser.add_argument("--out", default="scenes.png", help="picture to write")
     parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the scenes")
     args = parser.parse_args(argv)
     start, tiles, zoom = time.perf_counter(), [], max(1, 200 // args.size)
     scenes = [draw(args.size, args.seed, i) for i in range(96)]

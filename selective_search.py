@@ -2,9 +2,9 @@
 Image Segmentation (FH; Felzenszwalb and Huttenlocher, IJCV 2004): where objects may be, found
 without labels.
 
-An image is segmented into small, even regions; the two most similar neighbours are joined, again
-and again, until one is left.  The bounding box of every region on the way is a proposal.  All this
-is repeated with other colours and measures, as no measure of similarity suits all objects.
+An image is segmented into small, homogeneous regions; the two most similar neighbours are joined,
+again and again, until one is left.  The bounding box of every region on the way is a proposal.  All
+this is repeated with other colours and measures, as no measure of similarity suits all objects.
 Read first: nothing.  soco.py learns from these boxes.
 
 Symbols
@@ -27,8 +27,9 @@ Equations
 Command
     python selective_search.py --data DIR --out proposals.npz          all images below a folder
 
-The file, for np.load: names (n,), paths below the folder; boxes (m, 4) int16, x1 y1 x2 y2 in the
-image's own pixels, of which image i has those from offsets[i] to offsets[i + 1]; settings.
+The file, for np.load: names (n,), paths below the folder; sizes (n, 2), width and height; boxes
+(m, 4) int16, x1 y1 x2 y2 in the image's own pixels, of which image i has those from offsets[i] to
+offsets[i + 1]; settings.
 """
 import math
 import os
@@ -224,14 +225,16 @@ def group(regions, near, area, terms):
 
 def selective_search(image, strategy="fast"):
     """Proposals of an image (H, W, 3) uint8 RGB -> boxes (n, 4) float32, x1 y1 x2 y2 in pixels, the
-    ends exclusive; each once, the largest first.  strategy: "single" or "fast"."""
+    ends exclusive; each once, the largest first.  strategy: "single" or "fast".  Raises ValueError
+    for another shape or type."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"want (H, W, 3) uint8, got {image.shape} {image.dtype}")
     (height, width, _), found = image.shape, []
     colours, rules, scales = STRATEGIES[strategy]
     for colour in colours:
         x = colour_space(image, colour)
-        # Differs: a Gaussian of 0.8 pixels before; after, regions under k pixels join a neighbour
+        # Paper silent: as in the authors' code, a Gaussian of 0.8 pixels comes first (as in FH),
+        # and segments under k pixels then join a neighbour
         bins, edges = pixel_bins(x), grid_edges(smooth(x, 0.8))
         for k in scales:
             label = segment(*edges, height * width, k, min_size=k)
@@ -254,8 +257,8 @@ def keep_object_like(boxes, width, height):
 
 
 def propose(image, strategy, size):
-    """The proposals of an image (3, H, W) uint8 that SoCo uses -> (n, 4) int16, in its pixels: of
-    the image shrunk to ``size`` pixels of its long side.  No box if a side is beyond int16."""
+    """SoCo's proposals of an image (3, H, W) uint8, searched at a long side of at most ``size``
+    pixels -> (n, 4) int16, in the image's own pixels.  No box if a side is beyond int16."""
     (height, width), scale = image.shape[1:], min(1, size / max(image.shape[1:]))
     if max(height, width) > np.iinfo(np.int16).max:
         return np.zeros((0, 4), np.int16)
@@ -277,11 +280,12 @@ def _propose_numbered(images, strategy, size, i):
 def search(images, out, strategy, size, workers, fresh=False):
     """Search all ``images`` into the file ``out``, or resume a search of the same images there.
     The file is written every minute or so, and when an exception such as Ctrl-C ends the search.
+    size: long side in pixels, at most; workers: processes.
     Raises InputError: ``out`` is of other images or settings, unless ``fresh`` starts over."""
     names, settings, sizes, found = images.names, f"{strategy} {size}", [], []
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     if os.path.exists(out):
-        old = read_proposals(out, whole=False)
+        old = read_proposals(out, finished=False)
         if [str(old["settings"]), *old["names"]] == [settings, *names]:
             sizes, found = [*old["sizes"]], np.split(old["boxes"], old["offsets"][1:])[:-1]
         elif not fresh:
@@ -321,10 +325,10 @@ def search(images, out, strategy, size, workers, fresh=False):
           f"{broken} cannot be decoded", flush=True)
 
 
-def read_proposals(path, whole=True):
+def read_proposals(path, finished=True):
     """What search wrote: a dict of names (n,), settings, offsets, sizes (n, 2), of (width, height),
     0 where they are not known, and boxes.  Raises InputError if it cannot be read or, where it must
-    be ``whole``, is of an unfinished search."""
+    be ``finished``, is of a search that is not."""
     try:
         with np.load(path) as file:
             read = {key: file[key] for key in ("names", "settings", "offsets", "boxes")}
@@ -339,7 +343,7 @@ def read_proposals(path, whole=True):
         raise InputError(f"no such file: {path}") from None
     except Exception as error:  # a zip file's, numpy's, KeyError, ...
         raise InputError(f"{path} holds no proposals: {error}") from None
-    if whole and done < number:
+    if finished and done < number:
         raise InputError(f"{path} holds {done} of {number} images: run its search to the end")
     return read
 

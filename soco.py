@@ -1,5 +1,5 @@
 """SoCo: Aligning Pretraining for Detection via Object-Level Contrastive Learning (Wei et al.,
-NeurIPS 2021, arXiv 2106.02637).  "The talk" are slides on this paper; tables are the paper's.
+NeurIPS 2021, arXiv 2106.02637).  "The talk": slides on this paper; tables are the paper's.
 
 Selective search finds boxes that may hold objects, without labels.  A detector's ResNet, feature
 pyramid and box head learn the same embedding for a box in every view of its image, whatever its
@@ -197,8 +197,8 @@ class Network(nn.Module):
     # predictor on all of these, and keeps one (SoCo_FPN.py).  Their batch norm then sees four times
     # the rows, three quarters of them of boxes too large or too small for their level.  On scenes
     # the embeddings fall to few directions at first in either way (RESULTS.md).
-    # In the built-in scenes' views of 64 pixels no box is of P4 or P5, whose last convolutions get
-    # no gradient: LARS makes their weights a little smaller at each step.
+    # In the small recipe's views of 64 pixels no box is of P4 or P5, whose last convolutions get no
+    # gradient: step by step LARS shrinks their weights (see there), before a batch norm.
     def __init__(self, arch, fpn_channels, hidden, dim, zero_init_residual=True):
         super().__init__()
         stages = resnet_stages(arch, zero_init_residual=zero_init_residual)
@@ -227,9 +227,10 @@ def similarity_loss(v, target):
 def collapse_statistics(v):
     """What to watch for collapse, of embeddings v (N, D), taken as unit rows.
 
-    deviation: the mean standard deviation of a coordinate, 0 when all boxes are one and 1/sqrt(D)
-    when they fill the sphere; directions: in how many the rows deviate, 1 to D, as the
-    participation ratio (sum of eigenvalues)^2 / sum of eigenvalues^2 of their covariance.
+    deviation: the mean standard deviation of a coordinate, 0 when all rows are equal and 1/sqrt(D)
+    when they fill the sphere; directions: in how many the rows deviate, 1 to D (0 when they are
+    equal), as the participation ratio (sum of eigenvalues)^2 / sum of eigenvalues^2 of their
+    covariance.
     """
     v = F.normalize(v, dim=1)
     centred = v - v.mean(0)
@@ -272,15 +273,16 @@ def train(args, device):
         raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim, args.zero_init_residual)
-    # Differs: bfloat16 on GPUs, where the loss is float32
     model, ddp = distribute(model, device, sync_batch_norm=True)
     optimizer = LARS([p for p in model.parameters() if p.requires_grad],
                      args.lr * args.batch_size / 256, weight_decay=args.weight_decay)
     run = Run(args, "soco", images, model=model, optimizer=optimizer)
     data = Proposed(images, find_proposals(args, images), (args.image_size, args.crop_scale))
     run.start_clock()
+    # Differs: bfloat16 on GPUs, float16 in the authors' code; the loss is float32
     mixed = mixed_precision(args, device)
-    torch.backends.cudnn.deterministic = False  # it is slower, and RoI Align is not (see Network)
+    # Deterministic convolutions are slower, and of no use where RoI Align is not (see Network)
+    torch.backends.cudnn.deterministic = False
 
     def batches():
         """(step, pixels, boxes, no_box): of each view on the device, and (B,) which images have no

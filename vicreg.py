@@ -14,13 +14,14 @@ Symbols
     h o f      embed                           ResNet (or Swin), average pool, three linear layers
     Z, Z'      z1, z2          (N, D)          embeddings, N = B per process; the paper's n and d
     C          c               (2, D, D)       covariances of Z and of Z', over all processes
+    lambda, mu, nu   lambda_, mu, nu           weights of invariance, variance and covariance
 
 Equations
     (1), (2)  v(Z) = sum_j max(0, 1 - sqrt(Var(z_j) + 0.0001)) / d     variance_term
     (3)  C(Z) = sum_i (z_i - mean) (z_i - mean)^T / (n - 1)            covariances
     (4)  c(Z) = sum_{i!=j} C(Z)_ij^2 / d                               covariance_term
     (5)  s(Z, Z') = sum_i |z_i - z'_i|^2 / n                           invariance_term
-    (6)  l = 25 s(Z, Z') + 25 [v(Z) + v(Z')] + [c(Z) + c(Z')]          vicreg_loss
+    (6)  lambda s(Z, Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')]       vicreg_loss
     Algorithm 1                                                        VICReg.forward
 
 Commands
@@ -84,17 +85,18 @@ def invariance_term(z):
     return all_reduce_sum(((z[0] - z[1]) ** 2).mean()) / world_size()
 
 
-def vicreg_loss(z1, z2, invariance=25.0, variance=25.0, covariance=1.0):
+def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
     """Eq. (6) of embeddings (N, D), with the weights of its terms -> a float32 scalar, and the
     three terms, not weighted.  The same in all processes."""
     z = torch.stack([z1, z2])  # (2, N, D)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(z.device.type, enabled=False):
-        matrices = covariances(z)  # (2, D, D)
+        c = covariances(z)  # (2, D, D)
         # Differs: half of [v(Z) + v(Z')], as in the authors' code alone
-        s, v, c = invariance_term(z), variance_term(matrices), covariance_term(matrices)
-        loss = invariance * s + variance * v + covariance * c
-    return loss, dict(invariance=s.detach(), variance=v.detach(), covariance=c.detach())
+        invariance, variance, covariance = invariance_term(z), variance_term(c), covariance_term(c)
+        loss = lambda_ * invariance + mu * variance + nu * covariance
+    return loss, dict(invariance=invariance.detach(), variance=variance.detach(),
+                      covariance=covariance.detach())
 
 
 class VICReg(nn.Module):
@@ -135,7 +137,6 @@ def train(args, device):
     torch.manual_seed(args.seed)
     weights = args.invariance, args.variance, args.covariance
     model = VICReg(args.arch, args.dim, weights, args.zero_init_residual)
-    # Differs: bfloat16 on GPUs, where the loss is float32
     model, ddp = distribute(model, device, sync_batch_norm=True)
     by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
                               [*LEARNING_RATES.values()])  # constant below the least size
@@ -146,6 +147,7 @@ def train(args, device):
     origin = "for this batch size" if args.lr is None else "as asked"
     run.say(f"lr {lr:.3g} per 256 images, {origin}: {lr * args.batch_size / 256:.3g} for "
             f"{args.batch_size}")
+    # Differs: bfloat16 on GPUs, float16 in the authors' code; the loss is float32
     mixed = mixed_precision(args, device, args.image_size)
 
     def batches(steps=None):
@@ -203,7 +205,8 @@ def parse_args(argv=None):
     add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
     # Differs: chances of blur and solarize per view, as in the authors' code; the paper's are 0.5
     # and 0.1 in both
-    add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P", help="of each view")
+    add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P",
+        help="chance of a blur in each view")
     add_normalisation_arguments(add)
     add("--dim", type=whole(1), default=2048, help="D, and the hidden layers' width (the report)")
     add("--invariance", type=real(0), default=25.0, help="lambda, weight of s (Sec. 4.2)")
