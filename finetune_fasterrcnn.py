@@ -1,4 +1,5 @@
-r"""Fine-tune Faster, Mask or Keypoint R-CNN from a pre-trained backbone, and measure its AP.
+r"""Fine-tune Faster, Mask or Keypoint R-CNN or RetinaNet from a pre-trained backbone, and measure
+its AP.
 
 MoCo, DetCo and DUPR measure a pre-trained backbone by what a detector makes of it: Faster R-CNN
 (Ren et al., NIPS 2015, arXiv 1506.01497), as C4 or with a feature pyramid (Lin et al., CVPR 2017,
@@ -157,11 +158,12 @@ def evaluate(model, dataset, args, device, run, stop):
 
 
 def pack(truth):
-    """An image's annotations with runs in the place of masks, as detect returns them."""
+    """A copy of an image's annotations, with runs in the place of masks, as detect returns them.
+    Kept itself, what came from a loader worker would hold a file open, and a view all its data."""
+    kept = {name: value.clone() for name, value in truth.items() if name != "masks"}
     if "masks" not in truth:
-        return truth
+        return kept
     masks = truth["masks"]  # (n, H, W)
-    kept = {name: value for name, value in truth.items() if name != "masks"}
     return dict(kept, size=tuple(masks.shape[1:]), runs=[to_runs(mask) for mask in masks])
 
 
@@ -337,7 +339,8 @@ def add_arguments(parser):
     add("--dataset", choices=[*RECIPES], default="scenes", help="or the layout of your own")
     add("--data", help="folder, for voc and coco")
     add("--train-split", nargs="+", help="default: 2007/trainval 2012/trainval, or train2017")
-    add("--test-split", nargs="+", help="default: 2007/test, or val2017")
+    add("--test-split", nargs="+", help="default: 2007/test, or val2017; of scenes there is "
+        "validation")
     add("--classes", nargs="+", help="default: VOC's 20; of your own data, those it is trained on")
     add("--fraction", type=real(1e-9, 1), default=1, help="share of the training images: drawn by "
         "--seed, with 12,000 iterations (DetCo, 6.1); of scenes the first ones")
@@ -346,18 +349,20 @@ def add_arguments(parser):
     add("--test-scenes", type=whole(1), default=300, help="number of scenes to measure AP on")
     add = parser.add_argument_group("detector").add_argument
     add("--detector", choices=["c4", "fpn", "retinanet"], help="default: c4 on voc, else fpn; "
-        "retinanet: in one stage, with half of its lr")
+        "retinanet: in one stage, with half the lr of the others by sgd on voc and coco")
     add("--masks", action="store_true", help="Mask R-CNN: each object's mask too")
     add("--keypoints", action="store_true", help="Keypoint R-CNN: each person's 17 keypoints too; "
         "of scenes the corners of stars and triangles")
     add("--weights", default="none", help="file that holds the backbone, or none (default)")
-    add("--backbone-only", action="store_true", help="no FPN and box head, if --weights holds them")
-    add("--arch", default="resnet50", help="torchvision's name of a ResNet; of a Swin but for c4")
+    add("--backbone-only", action="store_true", help="load no FPN and box head, if --weights holds "
+        "them")
+    add("--arch", default="resnet50", help="torchvision's name of a ResNet or, but for c4, a Swin "
+        "Transformer")
     add("--min-size", type=whole(32), nargs="+", help="short side in pixels, drawn from these; the "
         "last one for testing")
     add("--max-size", type=whole(32), default=1333, help="long side at most")
     add_normalisation_arguments(add)
-    add("--fpn-channels", type=whole(1), default=256)
+    add("--fpn-channels", type=whole(1), default=256, help="C of the feature pyramid")
     add("--anchor-size", type=whole(1), default=32, help="side of the smallest anchors; four more "
         "sizes double it")
     add("--rois", type=whole(1), default=512, help="RoIs of an image that the box head trains on; "
@@ -371,23 +376,27 @@ def add_arguments(parser):
         "1e-4 (the report), on scenes 1e-3")
     add("--schedule", choices=["1x", "2x", "report"], help="2x: twice the iterations; report: 40 "
         "epochs, half the lr after 20 (default with adam, but for scenes)")
-    add("--iterations", type=whole(1), help="default: 24,000 on voc, 90,000 on coco")
+    add("--iterations", type=whole(1), help="default: 24,000 on voc, 90,000 on coco, 12,000 with "
+        "--fraction, whatever the schedule; 400 on scenes; with --small by the images")
     add("--batch-size", type=whole(1), default=16, help="total over all processes")
     add("--lr", type=real(0), default=0.02, help="per 16 images of the batch; adam's: as it is")
     add("--warmup", type=whole(0), help="iterations of linear growth of the lr")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters but batch norm's")
     add("--eval-every", type=whole(1), metavar="N", help="measure AP after every N iterations too, "
         "for log.csv and curves.png")
-    add("--precise-bn", type=whole(0), metavar="N", help="measure batch norm's statistics on so "
-        "many batches before the test (default: 200 on voc and coco), or keep the running ones (0)")
+    add("--precise-bn", type=whole(0), metavar="N", help="measure batch norm's statistics on "
+        "N batches before the test (default: 200 on voc and coco), or keep the running ones (0)")
     add_run_arguments(parser, out="runs/finetune")
-    add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one, with the arguments "
-        "that it holds where none are given; --out is eval/ beside it")
+    add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one alone, with the "
+        "arguments that it holds where none are given; --out is eval/ beside it; batch norm's "
+        "statistics are the running ones if the run has not ended")
 
 
 def parse_args(argv=None):
     """The papers' recipe for the data set by default; without --dataset, a small one."""
-    parser = Parser(description="Fine-tune Faster R-CNN and measure its AP.")
+    parser = Parser(description="Fine-tune Faster, Mask or Keypoint R-CNN or RetinaNet, and "
+                    "measure its AP.  Defaults are those of voc and coco; RECIPES and SMALL have "
+                    "the others.")
     add_arguments(parser)
     known = parser.parse_known_args(argv)[0]
     scenes = known.dataset == "scenes"
@@ -421,26 +430,33 @@ def parse_args(argv=None):
         parser.set_defaults(**{**load_fine_tuned(known.eval_only)["args"], "weights": "none",
                                "out": os.path.join(os.path.dirname(known.eval_only), "eval")})
     args = parser.parse_args(argv)
-    if small and args.schedule != "1x":
-        parser.error("--small sets the number of --iterations, so that no --schedule applies")
-    if args.detector != "fpn" and args.box_head:
-        parser.error("--box-head is of the fpn detector; c4's is Res5, retinanet has none")
-    if args.dataset == "voc" and (args.masks or args.keypoints):
-        parser.error("--masks and --keypoints need --dataset coco or scenes: VOC's annotations "
-                     "hold boxes alone")
-    if args.detector == "retinanet" and args.masks:
-        parser.error("--masks is of the c4 and fpn detectors")
-    if args.detector != "fpn" and args.keypoints:
-        parser.error("--keypoints needs --detector fpn")
-    if args.dataset != "scenes" and args.data is None:
-        parser.error(f"--dataset {args.dataset} needs --data, a folder")
-    if args.dataset == "scenes" and (args.data or args.train_split
-                                     or args.test_split not in (None, ["validation"])):
-        parser.error("--data and its splits need --dataset voc or coco; of scenes there is "
-                     "--test-split validation")
-    if args.eval_only and os.path.exists(os.path.join(args.out, "checkpoint.pt")):
-        parser.error(f"{args.out} holds a run: --eval-only needs another --out")
+    check_flags(parser, args, known)
     return args
+
+
+def check_flags(parser, args, known):
+    """Refuse flags that do not go together.  known: what was given, without the recipe."""
+    scenes = args.dataset == "scenes"
+    for wrong, message in (
+            (args.small and not scenes and args.schedule != "1x",
+             "--small sets the number of --iterations, so that no --schedule applies"),
+            (args.detector != "fpn" and args.box_head,
+             "--box-head is of the fpn detector; c4's is Res5, retinanet has none"),
+            (args.dataset == "voc" and (args.masks or args.keypoints),
+             "--masks and --keypoints need --dataset coco or scenes: VOC's annotations hold boxes "
+             "alone"),
+            (args.detector == "retinanet" and args.masks, "--masks is of the c4 and fpn detectors"),
+            (args.detector != "fpn" and args.keypoints, "--keypoints needs --detector fpn"),
+            (not scenes and args.data is None, f"--dataset {args.dataset} needs --data, a folder"),
+            (scenes and (args.data or args.train_split
+                         or args.test_split not in (None, ["validation"])),
+             "--data and its splits need --dataset voc or coco; of scenes there is --test-split "
+             "validation"),
+            (scenes and known.classes, "--classes needs --dataset voc or coco"),
+            (args.eval_only and os.path.exists(os.path.join(args.out, "checkpoint.pt")),
+             f"{args.out} holds a run: --eval-only needs another --out")):
+        if wrong:
+            parser.error(message)
 
 
 def main(argv=None):

@@ -151,6 +151,18 @@ def test_evaluation_is_the_same_for_one_two_and_three_processes(tmp_path):
     assert 0.1 < ap["keypoints"]["AP"] < 0.99
 
 
+def test_annotations_are_kept_as_copies():
+    """Tensors of a loader worker hold a file each, of which a process may have 1,024; a view of
+    all annotations would be sent to the other processes as all of them."""
+    rows = torch.arange(60.0).view(10, 6).share_memory_()
+    truth = dict(boxes=rows[2:4, :4], area=rows[2:4, 5], masks=torch.ones(2, 3, 4).bool())
+    kept = ft.pack(truth)
+    assert kept["boxes"].tolist() == [[12, 13, 14, 15], [18, 19, 20, 21]]
+    assert kept["area"].tolist() == [17, 23] and kept["size"] == (3, 4) and len(kept["runs"]) == 2
+    for value in (kept["boxes"], kept["area"]):
+        assert not value.is_shared() and value.untyped_storage().nbytes() == value.nbytes
+
+
 def test_what_is_found_has_the_ap_of_pycocotools(tmp_path):
     """Of masks and keypoints, of all kinds of segmentations, a crowd, persons without keypoints;
     from what the detector finds, pasted, packed, gathered and unpacked."""
