@@ -146,8 +146,7 @@ def train(args, device):
     warmup = args.warmup * run.steps_per_epoch
     for step, view1, view2 in batches():
         # Paper silent: the cosine ends at 0.001 of the rate, as in the authors' code
-        factor = cosine_schedule(step, run.steps, warmup, end=0.001)
-        lr = run.scale_learning_rates(factor)
+        lr = run.scale_learning_rates(cosine_schedule(step, run.steps, warmup, end=0.001))
         with mixed:
             loss, parts = ddp(view1, view2)
         # Differs: on several processes the gradients are those of one process with the whole batch;

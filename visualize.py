@@ -131,7 +131,7 @@ def pair_similarity(q, k):
 
 def boxes_of_iou(box, ious, width, height, tries=64):
     """Boxes (n, 4) float64 inside the image, of given IoUs (n,) with ``box`` (4,) (DUPR, Sec.
-    4.6.1), x1 y1 x2 y2 in pixels; of the tries that all overlap it more, the one that does least.
+    4.6.1), x1 y1 x2 y2 in pixels; if all tries overlap it more than asked, the one that does least.
     """
     # Paper silent: from ``box`` straight to a random box of at least 2 pixels a side the IoU falls
     # from 1, and bisection finds where it is as asked
@@ -244,8 +244,9 @@ def retrieval(args, device):
 
 
 def load_encoders(path, stages, args, device):
-    """The encoders of queries and of keys, x -> a list of (B, D), unit length, the level's index in
-    it, and the recipe: of a checkpoint of DetCo, with its heads; else ``pooled`` and None."""
+    """The encoders of queries and of keys, each x -> a list of (B, D) of unit length; the index of
+    --level in that list; and the recipe.  Of a checkpoint of DetCo they have its heads; otherwise
+    both are ``pooled``, and the recipe is None.  Raises InputError: no local head at the level."""
     import detco
     saved, level = load_checkpoint(path) if path != "none" else {}, LEVELS.index(args.level)
     if saved.get("method") != "detco":
@@ -389,7 +390,7 @@ def correspondence(args, device):
 
 def features(args, device):
     """The mean over channels of each level (the report, Fig. 2a): Res2..Res5, or P2..P5 where the
-    file has an FPN."""
+    file has an FPN of four levels (RetinaNet's has three)."""
     networks, items = load_all(args, device)
     items, rows = [*islice(items, args.rows)], []
     x = squares(items, args, device)
@@ -397,7 +398,7 @@ def features(args, device):
     figure, axes = image_grid(heights, [1] * 5, "mean of each level over channels: from the least "
                               "(dark) to the most (light)")
     for n, (label, network, rest) in enumerate(networks):
-        lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.0.0.weight")]
+        lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.3.0.weight")]
         if lateral:
             network = Pyramid(network, len(lateral[0])).eval().to(device)
             load_part(network.fpn, "backbone.fpn.", rest, args.weights[n])
@@ -536,7 +537,7 @@ def curves(args, _device):
                 values = [row[column] for row in log if math.isfinite(row[column])]
                 rows.append(dict(run=label, column=column, first=values[0], last=values[-1],
                                  least=min(values), most=max(values)))
-    if not {row["column"] for row in rows} - {"images_per_s"}:
+    if not rows:
         raise InputError(f"no column is in two of the logs: {' '.join(args.weights)}")
     draw_curves(logs, args.out)
     return None, rows
@@ -589,11 +590,14 @@ def parse_args(argv=None):
     add("--data", help="folder of images, any layout (default: built-in scenes)")
     add("--dataset", choices=["voc", "coco"], help="layout of a --data that has annotations")
     add("--split", nargs="+", help="of --dataset, as finetune_fasterrcnn.py names them")
-    add("--images", type=whole(1), help="how many are measured, drawn by --seed")
-    add("--rows", type=whole(1), help="how many of them are drawn")
-    add("--size", type=whole(32), help="side of an image in pixels; similarity and views ignore it")
+    add("--images", type=whole(1), help="how many are measured, drawn by --seed (default: by "
+        "figure)")
+    add("--rows", type=whole(1), help="how many of them are drawn (default: by figure)")
+    add("--size", type=whole(32), help="side of an image in pixels; not in the figures similarity, "
+        "views, detections and curves")
     add("--score", type=real(0, 1), default=0.3, help="least score of a detection that is drawn")
-    add("--level", choices=LEVELS, help="of the backbone (default: the paper's)")
+    add("--level", choices=LEVELS, help="of the backbone, in DetCo's and DUPR's figures "
+        "(default: the paper's)")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
     add("--out", help="picture to write, .png, .jpg, .pdf or .svg (default: runs/FIGURE.png)")
     add("--csv", metavar="FILE", help="keep the numbers too")

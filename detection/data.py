@@ -42,7 +42,8 @@ class LabelledScenes(Dataset):
     """``n`` of the built-in scenes with their boxes, and if asked for masks, and keypoints: the
     corners of stars and triangles in the place of nose, shoulders and hips.
 
-    The seeds of training (1) and test (2) scenes differ from each other and from pre-training's.
+    The seeds of training (1), test (2) and validation (3) scenes differ from each other and from
+    pre-training's (0).
     """
 
     def __init__(self, n, seed, masks=False, keypoints=False):
@@ -197,8 +198,10 @@ def _read_xml(path):
             _refuse_rotated(_text(element, "attributes/attribute[name='rotation']/value", "0"))
             if not objects[-1].name:
                 raise ValueError("the <name> of an <object> is empty")
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"no such file: {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ElementTree.ParseError, LookupError, OverflowError, ValueError) as error:
         raise InputError(f"{path} is not a VOC annotation: {error}") from None
     return written, size, objects
@@ -252,8 +255,10 @@ def read_coco(root, split, masks=False, keypoints=False):
                                                _keypoints(entry) if keypoints else None))
         entry = None
         classes = [names[i] for i in sorted(names)]
-    except OSError:
+    except FileNotFoundError:
         raise InputError(f"no such file: {path} (a split: NAME or FILE.json:FOLDER)") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from None
     except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError,
             ValueError) as error:
         why = f"no {error}" if isinstance(error, KeyError) else str(error)

@@ -47,8 +47,8 @@ class RPN(rpn.RegionProposalNetwork):
                                         num_anchors_per_level)
 
     def compute_loss(self, objectness, pred_bbox_deltas, labels, regression_targets):
-        """Cross entropy of the sampled anchors, L1 distance of the positive ones' deltas: sums over
-        the number that should be sampled, 256 of an image."""
+        """Cross entropy of the sampled anchors, L1 distance of the positive ones' deltas: sums,
+        divided by the number that should be sampled, 256 of an image."""
         positive, negative = (torch.cat(chosen) > 0 for chosen in self.fg_bg_sampler(labels))
         sampled = positive | negative
         number = self.fg_bg_sampler.batch_size_per_image * len(labels)
@@ -310,14 +310,14 @@ def load_part(module, name, rest, path):
         module.load_state_dict(found)
     except RuntimeError as error:
         raise InputError(f"{path}: {prefix}*: {' '.join(str(error).split())[:200]} ...; "
-                         "--backbone-only leaves it out") from None
+                         "finetune_fasterrcnn.py --backbone-only leaves it out") from None
     if rank() == 0:
         print(f"{path}: {len(found)} tensors loaded from '{prefix}*'", flush=True)
 
 
 def in_float32(model, *parts):
-    """The model, whose parts' outputs are float32 also in bfloat16, which would round boxes by
-    whole pixels."""
+    """Make the outputs of these parts float32 under autocast too, as bfloat16 would move boxes by
+    whole pixels -> the model."""
     for part in parts:
         part.register_forward_hook(as_float32)
     return model
@@ -379,8 +379,9 @@ def detect(model, images, device):
 
 
 def training_bytes(model, images, height, width, rois):
-    """About how much memory a training step takes in float32: what the layers put out for the
-    backward pass, of that many images of this size, and weights, gradients and momentum."""
+    """About how many bytes a training step by SGD takes in float32: the layers' outputs, kept for
+    the backward pass, of that many images of this size in pixels and RoIs of each, and weights,
+    gradients and momentum."""
     model, total = copy.deepcopy(model).to("meta"), [0]
     for module in model.modules():
         if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.Linear)):

@@ -42,10 +42,10 @@ class RetinaNet(retinanet.RetinaNet):
     Faster R-CNN.  Images and targets as in models.build_detector.
 
     backbone: a PyramidFromP3; anchor_size: side of the smallest anchors; options: torchvision's.
-    The head has no batch norm (MODEL.RETINANET.NORM), weights of deviation 0.01, and biases of 0
-    but for the classes', which start at a probability of 0.01: torchvision's are the same.  So are
-    the overlaps: from 0.5 on an anchor is positive, below 0.4 background, and what overlaps an
-    object most is positive too.
+    The head has no batch norm (MODEL.RETINANET.NORM), weights of standard deviation 0.01, and
+    biases of 0 but for the classes', which start at a probability of 0.01: torchvision's are the
+    same.  So are the thresholds: an anchor is positive from an IoU of 0.5 on, background below 0.4,
+    and positive too if it overlaps an object most.
     """
 
     def __init__(self, backbone, num_classes, anchor_size, **options):
@@ -56,8 +56,8 @@ class RetinaNet(retinanet.RetinaNet):
         self.num_classes = num_classes
         for module in self.head.modules():
             if isinstance(module, nn.Conv2d):
-                # Paper silent: of fewer than 256 channels, a deviation of 0.01 lets nothing through
-                # five layers; so it grows, and a layer's gain is that of 256 channels
+                # Paper silent: of fewer than 256 channels, a standard deviation of 0.01 lets
+                # nothing through five layers; so it grows, to the gain of a layer of 256 channels
                 module.weight.data *= (256 / backbone.out_channels) ** 0.5
         # positive anchors of an image, a running mean: detectron2's start, 100 for a GPU's images,
         # of which the papers have two
@@ -76,7 +76,8 @@ class RetinaNet(retinanet.RetinaNet):
 
     def compute_loss(self, targets, head_outputs, anchors):
         """The focal loss (alpha 0.25, gamma 2) of the anchors' classes and the L1 loss of the
-        positive ones' boxes, both over the running mean of positive anchors."""
+        positive ones' boxes, both divided by the running mean of an image's positive anchors and
+        by the number of images."""
         labels, boxes = map(torch.stack, zip(*map(self.match, targets, anchors)))  # (B, A), (.., 4)
         positive, anchors = labels > 0, torch.stack(anchors)
         # Differs: detectron2 has a mean for each GPU, of its own images; this one is of the whole

@@ -42,9 +42,9 @@ def real(low, high=math.inf, kind=float):
     return parse
 
 
-def whole(low, high=math.inf):
-    """An argparse type: a whole number from ``low`` to ``high``, both included."""
-    return real(low, high, int)
+def whole(low):
+    """An argparse type: a whole number, at least ``low``."""
+    return real(low, kind=int)
 
 
 def add_run_arguments(parser, out):
@@ -75,6 +75,8 @@ def parse_recipe(parser, argv, small, scenes):
 
     small, scenes: the small recipe's other values, and those that differ for the built-in scenes.
     """
+    parser.description += ("  Defaults are the paper's; without --data, or with --small, a small "
+                           "recipe sets others.")
     known = parser.parse_known_args(argv)[0]
     if known.small or known.data is None:
         fitted = {name: None for name in FITTED if name in known}

@@ -332,7 +332,8 @@ class Run:
             print("\r\033[K" + text, end="" if rewrite else "\n", flush=True)
 
     def stop_if_asked(self):
-        """After SIGTERM or Ctrl-C in any process: save, and leave in all with 128 + its number.
+        """After SIGTERM or Ctrl-C in any process: save, and end all processes with 128 +
+        the signal's number.
 
         Save after a step of over 20 seconds too: torchrun gives a process 30 to end."""
         if self.parent not in (None, os.getppid()):

@@ -85,6 +85,10 @@ def test_architectures_by_name():
     for name in ("swin_x", "swin3d_t", "resnet19"):
         with pytest.raises(InputError, match="unknown architecture"):
             common.backbone_stages(name)
+    with pytest.raises(InputError, match=r"known: .*swin_b.*; ResNets"):
+        common.backbone_stages("swin_x")
+    with pytest.raises(InputError, match=r"known: .*resnet18.*wide_resnet50_2"):
+        common.backbone_stages("resnet19")
     assert isinstance(common.backbone_stages("resnet18"), common.ResNetStages)
 
 

@@ -123,6 +123,9 @@ def test_voc_names_the_file_that_is_wrong(tmp_path, capsys):
     assert Annotated(*args, training=True)[1][1]["boxes"].tolist() == [[59, 0, 80, 9]]
     path.unlink()
     assert "no such file" in error(*args) and "0001.xml" in error(*args)
+    path.mkdir()
+    assert "cannot read" in error(*args) and "0001.xml: Is a directory" in error(*args)
+    path.rmdir()
     assert "no split val: no ImageSets/Main/val.txt" in error("voc", str(tmp_path), ["val"])
     path.write_text(XML.format(OBJECT.format("dog", 0, 500, 400, 500, 400)))
     assert Annotated(*args)[1][1]["boxes"].shape == (0, 4)  # no area comes first

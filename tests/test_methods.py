@@ -666,7 +666,7 @@ def test_arguments_that_cannot_be_are_one_line(tmp_path, name):
         refused["--batch-size 14 --bn-groups 8"] = "batch size 14 does not divide into 8"
     else:
         refused["--batch-size 1"] = "batch size 1: batch norm needs two images"
-    if name not in ("detco", "soco"):
+    if name != "soco":
         refused["--image-size 16 --precision bfloat16"] = "images of more than 16 pixels, not 16"
     for flags, message in refused.items():
         words = [*METHODS[name].flags.split(), *flags.split(), "--out", tmp_path / "run"]

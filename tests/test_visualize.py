@@ -392,6 +392,10 @@ def test_features_of_an_fpn(files, tmp_path):
     save_tensors(model.state_dict(), tmp_path / "detector.pt")
     rows = figure(files, tmp_path, "features", "--weights", tmp_path / "detector.pt", "none")
     assert [row["level"] for row in rows] == [f"{n}{i}" for n in ("P", "Res") for i in range(2, 6)]
+    model = build_detector("resnet18", 2, "retinanet", fpn_channels=8)
+    save_tensors(model.state_dict(), tmp_path / "retinanet.pt")  # its pyramid has no P2
+    rows = figure(files, tmp_path, "features", "--weights", tmp_path / "retinanet.pt")
+    assert [row["level"] for row in rows] == [f"Res{i}" for i in range(2, 6)]
 
 
 def test_detections_of_a_fine_tuned_detector(files, tmp_path):

@@ -345,7 +345,7 @@ def bare_loop(batch_size, size, steps):
 
 def bare(args):
     words = ("--image-size 64 --batch-size 128 --queue-size 4096 --arch resnet18 --random-queue "
-             "--scenes 2000 --optimizer sgd").split()
+             f"--optimizer sgd --scenes {max(2000, 128 * (WARM + args.steps))}").split()
     ratios = []
     for _ in range(args.rounds):
         ours = alone(train, "moco_v2", words, args.steps, True)[0]
@@ -440,13 +440,16 @@ def main():
     parser.add_argument("--data", help="load, step: folder of photos to use instead "
                         "of smooth noise; recall: folder in VOC's layout")
     parser.add_argument("--images", type=int, default=64, help="load: JPEGs; recall: images")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--arch", default="resnet50", help="step: the backbone")
-    parser.add_argument("--batch-size", type=int, default=256, help="step: images")
-    parser.add_argument("--steps", type=int, default=5, help="step: how many a round, after two")
+    parser.add_argument("--rounds", type=int, default=5,
+                        help="how often each variant is timed, in turn")
+    parser.add_argument("--arch", default="resnet50", help="the backbone")
+    parser.add_argument("--batch-size", type=int, default=256, help="images of a step")
+    parser.add_argument("--steps", type=int, default=5,
+                        help="how many a round, after two (detectors: after one)")
     parser.add_argument("--workers", type=int, default=min(8, os.cpu_count()),
-                        help="step: loader workers")
-    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS])
+                        help="loader workers")
+    parser.add_argument("--methods", nargs="+", choices=[*METHODS], default=[*METHODS],
+                        help="of step and precision")
     parser.add_argument("--queue-size", type=int, default=65536,
                         help="step: K; growth: the largest")
     parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="step: any of the "

@@ -5,6 +5,7 @@
         --finetune "--test-split validation" --vary "" --out runs/rates     what a rate is chosen by
     python tools/table.py --rows random=none SoCo=soco.py --file detector.pt \\
         --vary "--box-head 4conv1fc"          with what else SoCo pre-trains: from the same folder
+    python tools/table.py --vary " --masks"   a single flag needs a space before it
     python tools/table.py --pretrain "--small --data DIR/JPEGImages" --vary "" --out runs/photos \\
         --finetune "--small --dataset voc --data DIR --train-split train --test-split test"
 
@@ -110,8 +111,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--rows", nargs="+", default=ROWS, metavar="NAME=WORDS")
-    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--rows", nargs="+", default=ROWS, metavar="NAME=WORDS", help="of each table")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training and fine-tuning")
     add("--pretrain", default="", metavar="FLAGS", help="of every pre-training")
     add("--finetune", default="", metavar="FLAGS", help="of every fine-tuning")
     add("--vary", nargs="+", default=["", "--iterations 1200", "--fraction 0.1"], metavar="FLAGS",
@@ -120,7 +121,7 @@ def parse_args(argv=None):
     add("--against", nargs="+", default=["random", "MoCo v2"], help="rows to subtract")
     add("--jobs", type=int, default=2, help="runs at a time")
     add("--threads", type=int, default=1, help="of each of them")
-    add("--out", type=Path, default=Path("runs/table"))
+    add("--out", type=Path, default=Path("runs/table"), help="folder of all runs")
     args = parser.parse_args(argv)
     for row in args.rows:
         if not row.partition("=")[2].strip():
