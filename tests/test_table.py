@@ -43,8 +43,8 @@ def test_rows_seeds_and_differences(tmp_path, capsys, monkeypatch):
     for name in ("a moco", "there"):
         row = f"| {name} | 15.0 ± 3.0 | 12.00, 15.00, 18.00 | 30.0 | 7.5 | 4.0 ± 2.0 |"
         assert said.count(row) == 2
-    cosines = said[said.index("| cosine to the start |"):].splitlines()[2:]
-    assert cosines == ["| a moco |" + 5 * " 1.000 |"]  # three times as long, but not turned
+    cosines = said[said.index("| cosine to the initial weights |"):].splitlines()[2:]
+    assert cosines == ["| a moco |" + 5 * " 1.000 |"]  # three times as long, in the same direction
     table.main()  # once more: nothing is left to do
     assert len(started) == 21
 

@@ -14,8 +14,8 @@ file's name if each seed has its own.  Each seed of a script is a pre-training o
 ResNet alone, or another --file, is fine-tuned once with each of --vary, with the same seed.  What
 is finished is skipped and what was stopped goes on, so that the same command adds what is missing.
 It prints tables in Markdown: for each of --vary mean and standard deviation (of a sample) over the
-seeds, each seed, and the differences from other rows, paired by seed; and how far pre-training
-turned the ResNet.
+seeds, each seed, and the differences from other rows, paired by seed; and the cosines between the
+weights of a pre-trained ResNet and those it started from.
 """
 import argparse
 import json
@@ -74,7 +74,7 @@ def measure(row, seed, args):
     return found
 
 
-def turned(weights, seed):
+def cosines(weights, seed):
     """The cosine between the convolutions of a pre-trained ResNet and those it started from, of
     conv1 and of Res2..Res5: (5,).  Of a layer that only grew or shrank it is 1."""
     torch.manual_seed(seed)
@@ -140,11 +140,12 @@ def main():
     for i, flags in enumerate(args.vary):
         print_table(names, found[:, :, i].transpose(1, 0, 2), flags,
                     [name for name in args.against if name in names])
-    print("\n| cosine to the start | conv1 | Res2 | Res3 | Res4 | Res5 |\n|" + " --- |" * 6)
+    print("\n| cosine to the initial weights | conv1 | Res2 | Res3 | Res4 | Res5 |\n|" + " --- |" * 6)
     for name, row in zip(names, args.rows):
         runs = [(*find_folder(row, seed, args), seed) for seed in args.seeds]
-        if all(script for _, script, _ in runs):
-            mean = np.mean([turned(run / "backbone.pt", seed) for run, _, seed in runs], axis=0)
+        if all(script and "resne" in find_architecture(run / "backbone.pt")
+               for run, script, _ in runs):
+            mean = np.mean([cosines(run / "backbone.pt", seed) for run, _, seed in runs], axis=0)
             print(f"| {name} | " + " | ".join(f"{c:.3f}" for c in mean) + " |")
 
 
