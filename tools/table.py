@@ -140,7 +140,8 @@ def main():
     for i, flags in enumerate(args.vary):
         print_table(names, found[:, :, i].transpose(1, 0, 2), flags,
                     [name for name in args.against if name in names])
-    print("\n| cosine to the initial weights | conv1 | Res2 | Res3 | Res4 | Res5 |\n|" + " --- |" * 6)
+    print("\n| cosine to the initial weights | conv1 | Res2 | Res3 | Res4 | Res5 |")
+    print("|" + " --- |" * 6)
     for name, row in zip(names, args.rows):
         runs = [(*find_folder(row, seed, args), seed) for seed in args.seeds]
         if all(script and "resne" in find_architecture(run / "backbone.pt")
