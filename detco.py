@@ -27,7 +27,7 @@ Equations
     Section 3.3, the local view                                   local_view, cut_patches
     Algorithm 1 (Eq. 3 alone)                                     DetCo.forward, the loop of train
 
-Commands (the tables' runs: --epochs 100 and an --out of their own; 15 (a) is moco_v2.py --lr 0.06)
+Commands (for a table add --epochs 100 and an --out; 15 (a) is moco_v2.py with --lr 0.06)
     python detco.py                                      built-in scenes, minutes on a CPU
     torchrun --nproc_per_node=8 detco.py --data DIR      eight GPUs, the paper's recipe
     torchrun detco.py --data DIR --rand-augment                            DetCo+AA

@@ -31,7 +31,7 @@ Equations
     (8)  L_image                                                  common.info_nce
     (9)  mean similarity of two regions, position by position     region_similarity
 
-Commands (the tables' runs: each an --out of its own)
+Commands (for a table add an --out)
     python dupr.py                                       built-in scenes, minutes on a CPU
     torchrun --nproc_per_node=8 dupr.py --data DIR                     recipe of the ablations
     torchrun --nproc_per_node=8 dupr.py --data DIR --rand-augment      of the main experiments

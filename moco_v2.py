@@ -91,7 +91,7 @@ def train(args, device):
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
     model, ddp = distribute(model, device)
     # Differs: the small recipe takes LARS.  In a few hundred steps SGD changes the direction of
-    # little but conv1's weights (RESULTS.md): before a batch norm, the larger their norm the less.
+    # little but conv1's weights (RESULTS.md): large weights before a batch norm turn slowly.
     kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
     optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
                      weight_decay=args.weight_decay)
