@@ -38,8 +38,8 @@ Commands (Table 5 (c) and (d): --boxes-per-image 1 --proposals random; --momentu
 """
 import copy
 import math
-from argparse import BooleanOptionalAction
 import os
+from argparse import BooleanOptionalAction
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
