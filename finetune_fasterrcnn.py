@@ -8,8 +8,8 @@ recipe, and all its layers train.  On COCO it is Mask R-CNN (He et al., ICCV 201
 1703.06870), --masks, and Keypoint R-CNN (Sec. 5), --keypoints.
 
 Read first: one of the methods, for where --weights comes from.  Then detection/models.py, the
-detectors; detection/average_precision.py, the measure; detection/data.py, the data.  "The report"
-is Rajamohan, Liu and Wang, who pre-trained for detection on half a million images.
+detectors; detection/average_precision.py, the measure; detection/formats.py and data.py, the data.
+"The report" is Rajamohan, Liu and Wang, who pre-trained for detection on half a million images.
 
 Commands
     python finetune_fasterrcnn.py --weights runs/moco_v2/backbone.pt      built-in scenes
@@ -43,7 +43,8 @@ from torchvision.ops._utils import split_normalization_params
 
 from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, keypoint_ap, mask_ap, voc07_ap
-from detection.data import TEST_SPLITS, TRAIN_SPLITS, Annotated, LabelledScenes, training_item
+from detection.data import Annotated, LabelledScenes, training_item
+from detection.formats import TEST_SPLITS, TRAIN_SPLITS
 from detection.masks import Unpacked, to_runs
 from detection.models import (detect, detector_from_args, load_fine_tuned, restore,
                               training_bytes)

@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2.functional import center_crop, normalize, resize
 
 from common import InputError, all_reduce_sum, rank, world_size
-from detection.data import TEST_SPLITS, TRAIN_SPLITS, LabelledScenes, read_splits
+from detection.data import LabelledScenes
+from detection.formats import TEST_SPLITS, TRAIN_SPLITS, read_splits
 from plumbing.figures import PAGE
 from plumbing.files import COPIES, ImageFiles, ImageFolder
 from plumbing.flags import Parser, add_backbone_arguments, real, whole

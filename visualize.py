@@ -30,7 +30,8 @@ from torchvision.transforms.v2.functional import normalize, resize
 from torchvision.utils import make_grid
 
 from common import InputError, box_into_view
-from detection.data import TEST_SPLITS, Annotated, LabelledScenes
+from detection.data import Annotated, LabelledScenes
+from detection.formats import TEST_SPLITS
 from detection.masks import Unpacked
 from detection.models import (Pyramid, detect, detector_from_args, load_fine_tuned, load_part,
                               restore)

@@ -14,8 +14,8 @@ from PIL import Image
 
 from common import InputError
 from detection.average_precision import coco_ap
-from detection.data import (KEYPOINTS, TRAIN_SPLITS, VOC_CLASSES, Annotated, LabelledScenes,
-                            read_coco, read_voc, training_item)
+from detection.data import Annotated, LabelledScenes, training_item
+from detection.formats import KEYPOINTS, TRAIN_SPLITS, VOC_CLASSES, read_coco, read_voc
 
 XML = """<annotation><size><width>80</width><height>60</height></size>{}</annotation>"""
 OBJECT = ("<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"

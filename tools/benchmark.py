@@ -60,7 +60,7 @@ import plumbing.run  # noqa: E402
 import soco  # noqa: E402
 import vicreg  # noqa: E402
 from common import InputError, info_nce  # noqa: E402
-from detection.data import read_voc  # noqa: E402
+from detection.formats import read_voc  # noqa: E402
 from detection.models import build_detector  # noqa: E402
 from plumbing.files import ImageFiles, ImageFolder, read_image  # noqa: E402
 from plumbing.images import Photos, two_views  # noqa: E402
