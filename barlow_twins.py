@@ -66,8 +66,8 @@ def cross_correlation(z1, z2):
 def barlow_twins_loss(z1, z2, lambd=0.0051):
     """Eq. (1) of embeddings (N, D) -> a float32 scalar, and its two sums, not weighted.
 
-    The same in all processes; 0 where z1 = z2 have D unrelated dimensions (more rows than D at
-    least), D where they are constant.
+    The same in all processes; 0 where z1 = z2 and their D dimensions are unrelated (which takes
+    more than D rows), D where they are constant.
     """
     c = cross_correlation(z1, z2)
     diagonal = c.diagonal()
@@ -104,7 +104,7 @@ class BarlowTwins(nn.Module):
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     if args.measure_normalisation:
@@ -115,11 +115,11 @@ def train(args, device):
     model = BarlowTwins(args.arch, args.dim, args.lambd, args.zero_init_residual)
     model, ddp = distribute(model, device, sync_batch_norm=True)
     by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
-                              [*LEARNING_RATES.values()])  # constant below the least size
+                              [*LEARNING_RATES.values()])  # constant beyond both ends
     lr = float(by_batch_size) if args.lr is None else args.lr
     weights = [p for p in model.parameters() if p.ndim > 1]
-    # Differs: the biases' rate stays 0.0048 at every batch size; where the authors advise another
-    # rate of weights, theirs is 0.024 of it (0.0096 for 256)
+    # Differs: biases keep 0.0048 at every batch size; where the authors advise another rate for the
+    # weights, that of biases is 0.024 of it (0.0096 at batch size 256)
     biases = [p for p in model.parameters() if p.ndim == 1]
     optimizer = LARS([dict(params=weights, lr=lr * args.batch_size / 256),
                       dict(params=biases, lr=args.lr_biases * args.batch_size / 256)],
@@ -133,7 +133,7 @@ def train(args, device):
 
     def batches(steps=None):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
-        # Paper silent: crops are resized bicubically, as in the authors' code
+        # Crops are resized bicubically, as BYOL's, whose augmentation Sec. 2.2 takes
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0),
                       interpolation="bicubic")
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
@@ -145,12 +145,12 @@ def train(args, device):
 
     warmup = args.warmup * run.steps_per_epoch
     for step, view1, view2 in batches():
-        # Paper silent: the cosine ends at 0.001 of the rate, as in the authors' code
+        # The cosine ends at 0.001 of the rate: "by a factor of 1000" (Sec. 2.2)
         lr = run.scale_learning_rates(cosine_schedule(step, run.steps, warmup, end=0.001))
         with mixed:
             loss, parts = ddp(view1, view2)
         # Differs: on several processes the gradients are those of one process with the whole batch;
-        # the authors' are smaller by their number, which LARS undoes, but not for biases
+        # the authors' are divided by the number of processes, which matters to biases alone (LARS)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -182,7 +182,7 @@ def parse_args(argv=None):
         "0.2 for 2048 to 0.7 for 128)")
     add("--lr-biases", type=real(0), default=0.0048, help="of biases and batch norm, per "
         "256 images (Sec. 2.2)")
-    # Differs: decay (paper: 1.5e-6), lambda (0.005), blur and solarize are as in the authors' code
+    # Differs: decay (paper: 1.5e-6) and lambda (0.005) are as in the authors' code
     add("--weight-decay", type=real(0), default=1e-6, help="of weights (the authors' code)")
     add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr (Sec. 2.2)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels (Sec. 2.2)")

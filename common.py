@@ -13,7 +13,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 # torchvision is imported within functions: it takes as long to load as torch, and delays --help
 
@@ -40,8 +39,9 @@ def all_gather(x):
     if world_size() == 1:
         return x
     gathered = x.new_empty((world_size() * len(x), *x.shape[1:]))
-    new_name, name = "all_gather_single", "all_gather_into_tensor"  # since torch 2.14; before
-    getattr(dist, new_name if hasattr(dist, new_name) else name)(gathered, x.contiguous())
+    # torch 2.14 renamed all_gather_into_tensor
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(gathered, x.contiguous())
     return gathered
 
 
@@ -105,24 +105,24 @@ class _SplitBatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, running_mean, running_var, groups, momentum, eps):
         y = torch.empty_like(x)
-        means, deviations = weight.new_empty(2, groups, len(weight))  # and 1 / sqrt(variance + eps)
+        means, invstds = weight.new_empty(2, groups, len(weight))  # 1 / sqrt(variance + eps)
         for i, (part, out) in enumerate(zip(x.chunk(groups), y.chunk(groups))):
             # such that each group's share in the running statistics is momentum / groups in the end
             share = momentum / (groups - momentum * (groups - 1 - i))
             torch.native_batch_norm(part, weight, bias, running_mean, running_var, True, share, eps,
-                                    out=(out, means[i], deviations[i]))
-        ctx.save_for_backward(x, weight, means, deviations)
+                                    out=(out, means[i], invstds[i]))
+        ctx.save_for_backward(x, weight, means, invstds)
         ctx.eps = eps
         return y
 
     @staticmethod
     def backward(ctx, gradient):
-        x, weight, means, deviations = ctx.saved_tensors
+        x, weight, means, invstds = ctx.saved_tensors
         backward, groups = torch.ops.aten.native_batch_norm_backward, len(means)
         of_x, *of_weight_and_bias = zip(*(
-            backward(g, part, weight, None, None, mean, deviation, True, ctx.eps, [True] * 3)
-            for g, part, mean, deviation in zip(gradient.chunk(groups), x.chunk(groups), means,
-                                                deviations)))
+            backward(g, part, weight, None, None, mean, invstd, True, ctx.eps, [True] * 3)
+            for g, part, mean, invstd in zip(gradient.chunk(groups), x.chunk(groups), means,
+                                             invstds)))
         of_weight, of_bias = torch.stack(sum(of_weight_and_bias, ())).unflatten(
             0, (2, groups)).sum(1)
         return torch.cat(of_x), of_weight, of_bias, *[None] * 5
@@ -306,8 +306,8 @@ class PyramidRoIAlign(nn.Module):
 
 
 def _logsumexp(q, negatives):
-    """log sum_j exp(q.n_j), (N,), and its gradient to q, the mean of the negatives weighted by the
-    softmax of q.n_j, (N, D): four passes over the logits."""
+    """log sum_j exp(q.n_j), (N,), and its gradient to q, (N, D), the mean of the negatives weighted
+    by the softmax of q.n_j.  One softmax gives both, in four passes over the logits."""
     logits = q @ negatives.T  # (N, K)
     weights = logits.softmax(1)
     largest, j = weights.max(1, keepdim=True)  # log of a weight = its logit - logsumexp
@@ -351,7 +351,7 @@ def contrast_statistics(q, k, negatives):
     """What to watch beside the loss, as 0-dim tensors, all 0 for N = 0: accuracy, the share of
     queries more similar to their key than to any negative; the mean similarities; deviation, the
     mean standard deviation of a coordinate of q, 1/sqrt(D) when queries fill the sphere and 0 when
-    all are one.  Computes all (N, K) similarities at once."""
+    all are equal.  Computes all (N, K) similarities at once."""
     if len(q) == 0:
         q = k = negatives.new_zeros(1, negatives.shape[1])
     q, k, negatives = q.detach().float(), k.float(), negatives.float()
@@ -384,9 +384,10 @@ class Queue(nn.Module):
         self.oldest.copy_((self.oldest + len(keys)) % len(self.keys))
 
 
+@torch.no_grad()
 def momentum_update(online, target, m):
     """theta_target <- m theta_target + (1 - m) theta_online, for every parameter (MoCo, Eq. 2)."""
-    get_ema_multi_avg_fn(m)(list(target.parameters()), list(online.parameters()), None)
+    torch._foreach_lerp_(list(target.parameters()), list(online.parameters()), 1 - m)
 
 
 @torch.no_grad()
@@ -438,7 +439,7 @@ class LARS(torch.optim.SGD):
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
         # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et al. has
-        # |g| + decay |w|.  Here a weight whose gradient stays 0 shrinks, whatever the decay, by
+        # |g| + decay |w|.  Here a weight whose gradient stays 0 shrinks, at any decay but 0, by
         # about lr trust / (1 - momentum) of itself a step.
         us = [w.grad for w in weights]
         torch._foreach_add_(us, weights, alpha=self.decay)

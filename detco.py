@@ -149,9 +149,10 @@ class DetCo(nn.Module):
         self.queues = nn.ModuleList()
         for _ in range(2 if local else 1):
             # Paper silent: Table 16's shared queue is one for global and one for local levels here
-            count = 1 if share_queue else len(self.levels)
-            queues = [Queue(queue_size, dim) for _ in range(count)]
-            self.queues.extend(queues * (len(self.levels) // count))
+            if share_queue:
+                self.queues.extend([Queue(queue_size, dim)] * len(self.levels))
+            else:
+                self.queues.extend(Queue(queue_size, dim) for _ in self.levels)
 
     def encode_keys(self, view_k, patches_k=None):
         """The keys of a batch, (B, D) for each of ``queues``."""
@@ -182,7 +183,7 @@ class DetCo(nn.Module):
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     levels = sum(weight > 0 for weight in args.weights)
@@ -195,16 +196,16 @@ def train(args, device):
                   [w / divisor for w in args.weights], not args.no_local, args.share_queue)
     model, ddp = distribute(model, device)
     # Differs: LARS in the small recipe, as in moco_v2.py
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
-                     weight_decay=args.weight_decay)
+    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
+    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
+                                momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, "detco", images, model=model, optimizer=optimizer)
     # Differs: bfloat16 on GPUs; the paper's mixed precision is Apex's (Sec. 6.5)
     side = args.image_size if args.no_local else min(args.image_size, args.patch_size)
     mixed = mixed_precision(args, device, side)
 
     def coloured(view):
-        # Paper silent: the colours of a local view are drawn once, before its patches are cut
+        # As in Sec. 3.3, the colours of a local view come before its patches are cut
         return augment_colour(view.pixels.to(device, non_blocking=True), p_blur=args.p_blur)
 
     def batches(steps=None):

@@ -1,10 +1,10 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.,
 TPAMI 2022, arXiv 2103.04814).
 
-To MoCo v2's contrast of whole images, here at every stage of the backbone, it adds one of places,
-at the last two: where two crops of an image overlap, each position of a feature map must be matched
-with the same place in the other crop, among positions of other images.  So features learn where
-things are.
+It keeps MoCo v2's contrast of whole images, here at every stage of the backbone, and adds one of
+places at the last two: where two crops of an image overlap, each position of a feature map must be
+matched with the same place in the other crop, among positions of other images.  So features learn
+where things are.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the overlap of the two crops and its
 way through crop, flip and RoI Align, and the queues of patches.
@@ -62,8 +62,9 @@ class ColourAugment(RandAugment):
     """RandAugment with only those of its operations that leave every pixel in its place."""
 
     # Differs: no geometric operations, which would move what R_1 and R_2 record.
-    # Paper silent: the strength.  This is torchvision's, 2 operations at 9 of 30; in InfoMin's
-    # code, which Sec. 3.2.3 follows, both have the full range and p 0.5.
+    # Paper silent: its strength and place.  These are torchvision's 2 operations at 9 of 30, before
+    # the colours of MoCo v2; InfoMin's code, which Sec. 3.2.3 follows, has the full range with
+    # p 0.5, after them.
     def _augmentation_space(self, *args):
         space = super()._augmentation_space(*args)
         return {name: range_ for name, range_ in space.items()
@@ -116,6 +117,7 @@ def align(features, roi, flipped, roi_size, size):
 
 def patch_head(c_in, hidden, dim):
     """The pixel-wise head of Sec. 3.2.1: (B, c_in, S, S) -> (B, dim, S, S)."""
+    # Paper silent: two layers, as in MoCo v2's head; Sec. 3.2.1 has an MLP of "1x1 convolution"
     return nn.Sequential(nn.Conv2d(c_in, hidden, 1), nn.ReLU(inplace=True),
                          nn.Conv2d(hidden, dim, 1))
 
@@ -163,6 +165,24 @@ def region_similarity(q, k):
     return F.cosine_similarity(q, k, dim=1).mean((1, 2))
 
 
+def choose_keys(k, valid, patch_keys):
+    """The keys to push: of k, (B, D) or (B, S*S, D) for each queue, all image keys, and this
+    process's share of ``patch_keys`` drawn from the positions of all processes' valid pairs."""
+    # Paper silent: which patch keys are sampled.  Here any, out of the global batch
+    pairs, chosen = valid.nonzero(), []
+    for keys in k:
+        if keys.dim() == 3:
+            positions = (pairs * keys.shape[1] + torch.arange(keys.shape[1])).flatten()
+            drawn = positions[torch.randperm(len(positions))[:patch_keys]]
+            if world_size() > 1:
+                dist.broadcast(drawn, src=0)
+            share = len(drawn) // world_size()
+            mine = drawn[rank() * share:(rank() + 1) * share]
+            keys = all_gather(keys).flatten(0, 1)[mine.to(keys.device, non_blocking=True)]
+        chosen.append(keys)
+    return chosen
+
+
 class DUPR(nn.Module):
     """Eq. (2).  ``bn_groups``: batch norm's parts of one process's batch; ``patch_keys``: how many
     all processes push per step.
@@ -186,27 +206,10 @@ class DUPR(nn.Module):
         self.encoder_k = copy.deepcopy(self.encoder_q).requires_grad_(False)
         self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in self.losses)
 
-    def choose_keys(self, k, valid, patch_keys):
-        """The keys to push: of k, (B, D) or (B, S*S, D) for each queue, all image keys, and this
-        process's share of ``patch_keys`` drawn from the positions of all processes' valid pairs."""
-        # Paper silent: which patch keys are sampled.  Here any, out of the global batch
-        pairs, chosen = valid.nonzero(), []
-        for keys in k:
-            if keys.dim() == 3:
-                positions = (pairs * keys.shape[1] + torch.arange(keys.shape[1])).flatten()
-                drawn = positions[torch.randperm(len(positions))[:patch_keys]]
-                if world_size() > 1:
-                    dist.broadcast(drawn, src=0)
-                share = len(drawn) // world_size()
-                mine = drawn[rank() * share:(rank() + 1) * share]
-                keys = all_gather(keys).flatten(0, 1)[mine.to(keys.device, non_blocking=True)]
-            chosen.append(keys)
-        return chosen
-
     def encode_keys(self, view_k, place_k, valid, patch_keys):
         """The keys of a batch to push into each of ``queues``, and all of them."""
         k = encode_shuffled(self.encoder_k, view_k.pixels, *place_k)  # without gradient
-        return self.choose_keys(k, all_gather(valid), patch_keys), k
+        return choose_keys(k, all_gather(valid), patch_keys), k
 
     def forward(self, view_q, view_k):
         """Two batches of views, their pixels (B, 3, H, H) normalised -> loss, the keys to push
@@ -239,7 +242,7 @@ class DUPR(nn.Module):
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     if args.patch_keys % world_size():
@@ -253,9 +256,9 @@ def train(args, device):
                  args.beta, args.roi_size, args.patch_keys)
     model, ddp = distribute(model, device)
     # Differs: LARS in the small recipe, as in moco_v2.py
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
-                     weight_decay=args.weight_decay)
+    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
+    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
+                                momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, "dupr", images, model=model, optimizer=optimizer)
     mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
     # Deterministic convolutions are slower, and of no use where RoI Align is not (see align)

@@ -17,8 +17,8 @@ Commands
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset voc --data DIR --weights FILE
     torchrun --nproc_per_node=8 finetune_fasterrcnn.py --dataset coco --data DIR --weights FILE \
         --masks
-    (--detector retinanet or --keypoints in place of --masks: DetCo's Table 5; the former with
-    --fraction 0.01 too: Table 12)
+    (DetCo's Table 5: --detector retinanet, or --keypoints --schedule 2x, in place of --masks;
+    Table 12: --detector retinanet --fraction 0.01)
     python finetune_fasterrcnn.py --keypoints --iterations 1500           of scenes, an hour
     python finetune_fasterrcnn.py --eval-only runs/finetune/checkpoint.pt
 

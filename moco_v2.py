@@ -20,6 +20,7 @@ Equations (of MoCo)
     (2)  theta_k <- m theta_k + (1 - m) theta_q                   common.momentum_update
     Algorithm 1                                                   MoCo.forward and the loop of train
     Section 3.3, shuffling BN                                     common.encode_shuffled
+    MoCo v2, Sec. 3, augmentation                                 plumbing.images.augment_colour
 
 Commands
     python moco_v2.py                                    built-in scenes, minutes on a CPU
@@ -79,7 +80,7 @@ class MoCo(nn.Module):
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     check_queue(args.queue_size, args.batch_size, args.momentum, len(images))
@@ -90,13 +91,13 @@ def train(args, device):
     torch.manual_seed(args.seed)
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
     model, ddp = distribute(model, device)
-    # Differs: the small recipe takes LARS.  In a few hundred steps SGD changes the direction of
-    # little but conv1's weights (RESULTS.md): large weights before a batch norm turn slowly.
-    kind = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = kind(model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
-                     weight_decay=args.weight_decay)
+    # Differs: the small recipe takes LARS.  In a few hundred steps SGD hardly turns any weights but
+    # conv1's (RESULTS.md): large weights before a batch norm turn slowly.
+    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
+    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
+                                momentum=0.9, weight_decay=args.weight_decay)
     run = Run(args, "moco_v2", images, model=model, optimizer=optimizer)
-    # Differs: bfloat16 on GPUs, where the paper trained in float32; embeddings and loss are float32
+    # Differs: bfloat16 on GPUs, float32 in the authors' code; embeddings and loss are float32
     mixed = mixed_precision(args, device, args.image_size)
 
     def batches(steps=None):
@@ -107,14 +108,14 @@ def train(args, device):
             yield step, *(augment_colour(v.pixels.to(device, non_blocking=True),
                                          p_blur=args.p_blur) for v in views)
 
-    # Differs: the queue starts full of real keys.  The paper's random vectors (--random-queue) are
-    # so unlike keys that they teach a small run one constant answer in its first steps.
+    # Paper silent: the queue starts full of real keys.  The random vectors of the authors' code
+    # (--random-queue) are so unlike keys that they teach a small run one constant answer at first.
     if not args.random_queue:
         run.fill_queues([model.queue], batches,
                         lambda _, view_k: [encode_shuffled(model.encoder_k, view_k)], mixed)
 
     for step, view_q, view_k in batches():
-        # Differs: the cosine falls with every step, not with every epoch
+        # Paper silent: the cosine falls with every step; in the authors' code with every epoch
         lr = run.scale_learning_rates(cosine_schedule(step, run.steps))
         with mixed:
             loss, keys, parts = ddp(view_q, view_k)

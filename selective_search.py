@@ -15,7 +15,7 @@ Symbols
     T_i        texture              (n, 240)        10 bins, 8 directions, 3 channels, sum 1
     size       size                 (n,)            pixels
     BB         box                  (n, 4)          x1 y1 x2 y2, the ends exclusive
-    FH: Int    limit                                Int(C) + k / |C|, of each component C
+    Int + tau  limit                                FH: Int(C) + k / |C|, of each component C
 
 Equations
     (1), (3), (4), (5), (6)   similarity of two regions    similarity
@@ -327,13 +327,12 @@ def search(images, out, strategy, size, workers, fresh=False):
 
 def read_proposals(path, finished=True):
     """What search wrote: a dict of names (n,), settings, offsets, sizes (n, 2), of (width, height),
-    0 where they are not known, and boxes.  Raises InputError if it cannot be read or, where it must
-    be ``finished``, is of a search that is not."""
+    and boxes.  Raises InputError if it cannot be read or, where it must be ``finished``, is of a
+    search that is not."""
     try:
         with np.load(path) as file:
-            read = {key: file[key] for key in ("names", "settings", "offsets", "boxes")}
-            offsets, number, done = read["offsets"], len(read["names"]), len(read["offsets"]) - 1
-            read["sizes"] = file["sizes"] if "sizes" in file else np.zeros((done, 2), int)
+            read = {key: file[key] for key in ("names", "settings", "offsets", "sizes", "boxes")}
+        offsets, number, done = read["offsets"], len(read["names"]), len(read["offsets"]) - 1
         if read["boxes"].shape != (offsets[-1], 4) or offsets[0] != 0 or done > number or \
                 (np.diff(offsets) < 0).any() or read["sizes"].shape != (done, 2):
             raise ValueError("names, offsets, sizes and boxes do not fit each other")

@@ -16,7 +16,7 @@ Symbols
     f^I, f^H        backbone, head                       ResNet and FPN; 4 convolutions, 1 linear
     h               h                 (BP, 1024)         a box, as the box head sees it
     g, q            projector, predictor                 1024 -> 4096 -> 256; 256 -> 4096 -> 256
-    v; v', v''      v, target         (BP, D)            predicted; of the target network
+    v; v', v''      v, v_target       (BP, D)            predicted; of the target network
     theta, xi       online, target                       the two networks
     K               boxes_per_image                      P here
     tau             m                                    momentum of the target network
@@ -25,7 +25,7 @@ Equations
     1/3 <= w/h <= 3, 0.3 <= sqrt(wh) / sqrt(WH) <= 0.8     selective_search.keep_object_like
     view construction; box jitter                          make_views, jitter_boxes
     h = f^H(RoIAlign(f^I(V), b)), scale-aware assignment   Network.forward
-    L_i = -2 cos(v_i, v'_i) - 2 cos(v_i, v''_i)            similarity_loss
+    L_i = -2 cos(v_i, v'_i) - 2 cos(v_i, v''_i)            similarity_loss, each of the two
     L_SoCo = L + L~                                        SoCo.forward
     xi <- m xi + (1 - m) theta                             common.momentum_update
 
@@ -67,6 +67,7 @@ from selective_search import read_proposals, search
 def random_boxes(width, height, number=32):
     """Boxes (n, 4) anywhere in the image, sqrt(w h) and log(w / h) uniform between the bounds of
     ``keep_object_like``; those of ``number`` that fit into it."""
+    # Paper silent: in the authors' code (random_generate_props) w / h is uniform, not its logarithm
     side = (0.3 + 0.5 * torch.rand(number)) * math.sqrt(width * height)
     root = 3 ** (torch.rand(number) - 0.5)  # sqrt(w / h)
     w, h = side * root, side / root
@@ -91,7 +92,8 @@ class Proposed(Dataset):
                 raise InputError(f"no proposals for {len(missing)} of {len(images)} images, such "
                                  f"as {missing[0]}")
             rows = [row[name] for name in images.names]
-            self.start, self.end = (proposals["offsets"][side:][rows] for side in (0, 1))
+            offsets = proposals["offsets"]
+            self.start, self.end = offsets[rows], offsets[1:][rows]
             self.boxes, self.sizes = proposals["boxes"], proposals["sizes"][rows]
 
     def __len__(self):
@@ -103,12 +105,7 @@ class Proposed(Dataset):
         if self.boxes is None:
             return photo, random_boxes(*size)
         boxes, reduction = self.boxes[self.start[i]:self.end[i]], size[0] // photo.pixels.shape[2]
-        if self.sizes[i].any():
-            fits = (abs(self.sizes[i] - size) < reduction).all()  # what a division leaves
-        else:  # its size was not kept, as of files that were written before images were turned
-            turned = getattr(self.images, "turned", None)  # which scenes have not
-            fits = (turned is None or not turned[i]) and (boxes - size * 2 < reduction).all()
-        if not fits:
+        if (abs(self.sizes[i] - size) >= reduction).any():  # decoded smaller, it is rounded down
             raise InputError(f"the proposals of {self.images.names[i]} are of an image of another "
                              "size or orientation: delete their file, and search anew")
         return photo, torch.from_numpy(boxes).float()
@@ -160,7 +157,7 @@ def make_views(item, args):
     image, boxes = item
     whole_image = as_view(image)
     # Differs: V2 is cut from the image, with 3/4 <= w/h <= 4/3 in its pixels, as by the authors'
-    # code (transform_ops.RandomResizedCropParams); the talk's is a crop of V1, a square.
+    # code (transform_ops.RandomResizedCropParams); the talk crops V1, the image made square.
     # Differs: no cutout.  For 100 epochs (not for 400) the authors' code blanks, with p 0.5, a
     # square of 10 to 30% of a box in V2 and V3.
     crop = random_resized_crop(whole_image, args.image_size, (args.crop_scale, 1.0))
@@ -218,10 +215,10 @@ class Network(nn.Module):
         return self.projector(h)
 
 
-def similarity_loss(v, target):
-    """-2 cos(v, v'), mean over the boxes: v and target (N, D), no gradient to the target.  Returns
-    a float32 scalar, -2 at least."""
-    return -2 * F.cosine_similarity(v.float(), target.detach().float(), dim=1).mean()
+def similarity_loss(v, v_target):
+    """-2 cos(v, v'), mean over the boxes: v and v_target (N, D), the latter without gradient.
+    Returns a float32 scalar from -2 to 2."""
+    return -2 * F.cosine_similarity(v.float(), v_target.detach().float(), dim=1).mean()
 
 
 def collapse_statistics(v):
@@ -255,18 +252,18 @@ class SoCo(nn.Module):
         to log.  The first view is set against each of the others, both ways."""
         v = [self.predictor(self.online(*seen)) for seen in zip(views, boxes)]  # (BP, D) each
         with torch.no_grad():
-            target = [self.target(*seen) for seen in zip(views, boxes)]
+            v_target = [self.target(*seen) for seen in zip(views, boxes)]
         loss, parts = 0, {}
         for i in range(1, len(views)):
-            forth = similarity_loss(v[0], target[i])  # L
-            back = similarity_loss(v[i], target[0])  # L~
+            forth = similarity_loss(v[0], v_target[i])  # L
+            back = similarity_loss(v[i], v_target[0])  # L~
             loss = loss + forth + back
             parts[f"similarity_v{i + 1}"] = -(forth + back).detach() / 4  # mean cosine
         return loss, dict(parts, **collapse_statistics(v[0].detach().float()))
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     if args.batch_size < 2:
@@ -316,9 +313,9 @@ def train(args, device):
         run.end_step(loss, lr, **parts, momentum=loss.new_full((), m),
                      whole_view=loss.new_full((), no_box.float().mean().item()))
     if rank() == 0:
-        parts = {"backbone": model.online.backbone, "roi_heads.box_head": model.online.head}
-        save_tensors({f"{name}.{key}": value for name, part in parts.items()
-                      for key, value in part.state_dict().items()}, run.out / "detector.pt")
+        modules = {"backbone": model.online.backbone, "roi_heads.box_head": model.online.head}
+        save_tensors({f"{name}.{key}": value for name, module in modules.items()
+                      for key, value in module.state_dict().items()}, run.out / "detector.pt")
     run.finish(model.online.backbone.body, "the pre-trained ResNet, detector.pt beside it holds "
                "the FPN and the box head too")
 

@@ -2,7 +2,7 @@
 and LeCun, ICLR 2022, arXiv 2105.04906).
 
 Two crops of one image go through one network, and their embeddings are to be near each other.  Two
-more terms of the loss keep all images from becoming one: every dimension has to vary over the
+more terms of the loss prevent collapse to one embedding: every dimension has to vary over the
 batch, and no two dimensions may vary together.
 
 Read first: barlow_twins.py.  What changes: the loss; each batch of embeddings is kept from collapse
@@ -12,7 +12,7 @@ Symbols
     paper      code            shape
     X, X'      view1, view2    (B, 3, H, W)    two views of the same images
     h o f      embed                           ResNet (or Swin), average pool, three linear layers
-    Z, Z'      z1, z2          (N, D)          embeddings, N = B per process; the paper's n and d
+    Z, Z'      z1, z2          (N, D)          embeddings (paper: n x d), N = B per process
     C          c               (2, D, D)       covariances of Z and of Z', over all processes
     lambda, mu, nu   lambda_, mu, nu           weights of invariance, variance and covariance
 
@@ -59,8 +59,8 @@ LEARNING_RATES = {128: 0.8, 256: 0.5, 512: 0.4, 1024: 0.3, 2048: 0.3}
 def covariances(z):
     """Eq. (3), over the rows of all processes: Z and Z' (2, N, D) of this one -> (2, D, D).
 
-    There must be two rows in all.  n rows give a rank of n - 1 at most: where that is less than D
-    and all dimensions vary, some of them covary.
+    Needs at least two rows in all.  n rows give a rank of n - 1 at most: if that is less than D and
+    all dimensions vary, some of them covary.
     """
     rows = z.shape[1] * world_size()
     z = z - all_reduce_sum(z.sum(1, keepdim=True)) / rows
@@ -127,7 +127,7 @@ class VICReg(nn.Module):
 
 
 def train(args, device):
-    """Pre-train as ``args`` say; everything that comes of it is in the folder of the run."""
+    """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
     if args.measure_normalisation:
@@ -139,7 +139,7 @@ def train(args, device):
     model = VICReg(args.arch, args.dim, weights, args.zero_init_residual)
     model, ddp = distribute(model, device, sync_batch_norm=True)
     by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
-                              [*LEARNING_RATES.values()])  # constant below the least size
+                              [*LEARNING_RATES.values()])  # constant beyond both ends
     lr = float(by_batch_size) if args.lr is None else args.lr
     optimizer = LARS(model.parameters(), lr * args.batch_size / 256,
                      weight_decay=args.weight_decay)
@@ -152,7 +152,7 @@ def train(args, device):
 
     def batches(steps=None):
         """(step, view1, view2) on the device, of all steps still to do or of ``steps``."""
-        # Paper silent: crops are resized bicubically, as in the authors' code
+        # Differs: bicubic, as in the authors' code; C.1 has RandomResizedCrop(224), bilinear
         cut = partial(two_views, size=args.image_size, scale=(args.crop_scale, 1.0),
                       interpolation="bicubic")
         colours = dict(jitter=(0.4, 0.4, 0.2, 0.1), mean=args.mean, std=args.std)
@@ -166,8 +166,7 @@ def train(args, device):
     for step, view1, view2 in batches():
         # Differs: the cosine ends at 0.001 of the rate, as in the authors' code: 0.0016 for the
         # paper's 1.6, of which it prints a final value of 0.002
-        factor = cosine_schedule(step, run.steps, warmup, end=0.001)
-        lr = run.scale_learning_rates(factor)
+        lr = run.scale_learning_rates(cosine_schedule(step, run.steps, warmup, end=0.001))
         with mixed:
             loss, parts = ddp(view1, view2)
         optimizer.zero_grad()

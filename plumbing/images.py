@@ -246,9 +246,8 @@ def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2
     """Colour jitter, grey, blur, solarize and normalisation of a batch of views, on its device.
 
     pixels: (B, 3, H, W) uint8; jitter: strengths of brightness, contrast, saturation and hue; the
-    p_* are the chances of each image, whose strengths are drawn for itself.  The order of the four
-    parts of the jitter is drawn once for the batch.  mean, std: of red, green and blue in 0..1.
-    Returns (B, 3, H, W) float32.
+    p_* are the chances of each image, whose strengths are drawn for itself.  mean, std: of red,
+    green and blue in 0..1.  Returns (B, 3, H, W) float32.
     """
     x = pixels / 255
     number, device = len(x), x.device
@@ -258,6 +257,7 @@ def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2
 
     jittered = chosen(p_jitter)
     operations = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue
+    # Differs: one order for the batch; torchvision's ColorJitter draws one for each image
     for i in torch.randperm(4).tolist():
         change = (2 * torch.rand(number) - 1) * jitter[i]  # (B,) in -strength..strength
         change = torch.where(jittered, change, 0).to(device, non_blocking=True)

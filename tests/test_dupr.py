@@ -256,10 +256,10 @@ def test_pairs_without_overlap_have_no_patch_loss():
 
 def test_pushed_patch_keys_come_from_anywhere_in_pairs_that_overlap():
     torch.manual_seed(0)
-    model, seen = small(alpha=(0, 0, 0, 0), beta=(0, 0, 0, 1)), set()
+    seen = set()
     k = [torch.arange(5 * 4.0).view(5, 4, 1)]  # each position its own key
     for _ in range(200):
-        (drawn,) = model.choose_keys(k, torch.tensor([True, False, True, True, False]), 6)
+        (drawn,) = dupr.choose_keys(k, torch.tensor([True, False, True, True, False]), 6)
         assert len({*drawn.flatten().tolist()}) == 6
         seen |= {*drawn.flatten().tolist()}
     assert seen == {*range(0, 4), *range(8, 16)}

@@ -398,7 +398,8 @@ def test_bad_input(tmp_path, photos):
             ss.main([*map(str, words), "--out", str(tmp_path / "p.npz")])
     (tmp_path / "text").write_text("no zip file")
     np.savez(tmp_path / "other.npz", names=np.array(["a"]))
-    np.savez(tmp_path / "odd.npz", names=["a"], settings="", offsets=[0, 2], boxes=np.eye(4)[:1])
+    np.savez(tmp_path / "odd.npz", names=["a"], settings="", offsets=[0, 2], sizes=[[8, 8]],
+             boxes=np.eye(4)[:1])
     for name, message in (("none", "no such file"), ("text", "holds no proposals"),
                           ("other.npz", "holds no proposals"), ("odd.npz", "do not fit")):
         with pytest.raises(InputError, match=message):

@@ -395,7 +395,7 @@ def test_images_without_proposals_use_the_whole_view(tmp_path):
     counts = [3 * (i % 4 == 0) for i in range(32)]  # of every second image of the folder
     boxes = np.int16([[10, 10, 50, 40]] * sum(counts))
     np.savez(tmp_path / "p.npz", names=names, settings="by hand", boxes=boxes,
-             offsets=np.cumsum([0, *counts]))
+             sizes=[[80, 60]] * 32, offsets=np.cumsum([0, *counts]))
     words = [*TINY, "--data", str(tmp_path / "data"), "--arch", "resnet18", "--warmup", "0",
              "--epochs", "1", "--proposals", str(tmp_path / "p.npz")]
     soco.main([*words, "--out", str(tmp_path / "run")])
@@ -444,12 +444,11 @@ def test_proposals_of_an_image_that_was_turned_or_changed_since_are_refused(tmp_
 
     numbers = np.diff(new["offsets"]).tolist()
     assert min(numbers) > 0 and read("new.npz") == numbers
-    # of before images were turned: without sizes
-    np.savez(tmp_path / "old.npz", **{k: v for k, v in new.items() if k != "sizes"})
-    assert read("old.npz") == ["refused", numbers[1], "refused"]
     photo("1.jpg", (60, 45), 1)  # another image, of the same name
     assert read("new.npz") == [numbers[0], "refused", numbers[2]]
-    assert read("old.npz") == ["refused"] * 3  # its boxes are larger than the image
+    np.savez(tmp_path / "none.npz", **{k: v for k, v in new.items() if k != "sizes"})
+    with pytest.raises(InputError, match="holds no proposals: .*sizes"):
+        read("none.npz")
     np.savez(tmp_path / "twice.npz", **{**new, "names": ["0.jpg", "1.jpg", "1.jpg"]})
     with pytest.raises(InputError, match="holds no proposals: a name occurs twice"):
         read("twice.npz")
