@@ -37,9 +37,9 @@ import time
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops._utils import split_normalization_params
 
 from common import InputError, rank, world_size
 from detection.average_precision import coco_ap, keypoint_ap, mask_ap, voc07_ap
@@ -53,10 +53,10 @@ from plumbing.images import leave_signals_to_trainer, steps_per_epoch
 from plumbing.run import (Run, distribute, free_memory, gather_objects, launch,
                           mixed_precision)
 
-# What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, the drops,
-# VOC's warm-up; detectron2's defaults: COCO's warm-up, weight decay 1e-4, long side 1333.  Precise
+# What --dataset sets.  From MoCo's public detection configurations: batch 16, lr 0.02, VOC's drops
+# and warm-up; detectron2's: COCO's drops and warm-up, weight decay 1e-4, long side 1333.  Precise
 # batch norm statistics as in MoCo's (Base-RCNN-C4-BN.yaml) and, of the FPN, SoCo's configurations
-# (R_50_FPN_1x.yaml).
+# (R_50_FPN_1x.yaml), whose weight decay is 2.5e-5.
 RECIPES = {
     "voc": dict(detector="c4", train_split=TRAIN_SPLITS["voc"], test_split=TEST_SPLITS["voc"],
                 min_size=[*range(480, 801, 32)], iterations=24000,  # DUPR, 4.1.1
@@ -72,14 +72,18 @@ RECIPES = {
                    precise_bn=0),
 }
 MEASURED = "AP", "AP50", "AP75"  # by --eval-every
-# What --small sets, on photos; the iterations by their number, in fit_iterations
-SMALL = dict(detector="fpn", arch="resnet18", batch_size=8, lr=0.04, min_size=[128], max_size=192,
-             fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40, precise_bn=0)
+# What --small sets, on photos; batch size and iterations by their number, in fit_small
+SMALL = dict(detector="fpn", arch="resnet18", batch_size=None, lr=0.04, min_size=[128],
+             max_size=192, fpn_channels=64, anchor_size=16, rois=64, iterations=None, warmup=40,
+             precise_bn=0)
 
 
-def fit_iterations(args, images):
-    """With --small: so many iterations that each of the images is seen eight times, but at least
-    300, 50 for each class, and at most 3,000; unless --iterations says it."""
+def fit_small(args, images):
+    """With --small: batches of 8 images, 4, 2 or 1 where there are fewer; and so many iterations
+    that each image is seen eight times, but at least 300, 50 for each class, and at most 3,000;
+    unless --batch-size and --iterations say it."""
+    if args.batch_size is None:
+        args.batch_size = 2 ** int(math.log2(min(8, images)))
     if args.small and args.iterations is None:
         args.iterations = min(3000, max(300, 50 * len(args.classes),
                                         round(8 * images / args.batch_size)))
@@ -93,11 +97,13 @@ def to_device(batch, device):
 
 @torch.no_grad()
 def precise_batch_norm(model, train_set, args, device, run, stop):
-    """A copy of the detector with precise batch norm statistics: the means of those of --precise-bn
-    batches, of steps after the last (detectron2's TEST.PRECISE_BN; update_bn_stats of fvcore).  The
-    processes share the batches.  stop: called after each."""
+    """A copy of the detector with precise batch norm statistics, of --precise-bn batches of steps
+    after the last (detectron2's TEST.PRECISE_BN).  The processes share them.  stop: called after
+    each."""
+    # Differs: the variance is the mean of the batches', as in fvcore's update_bn_stats until May
+    # 2021; since then it is the variance over all batches together
     precise = copy.deepcopy(model).train()
-    norms = [m for m in precise.modules() if "BatchNorm" in type(m).__name__]
+    norms = [m for m in precise.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the mean of all batches
@@ -114,14 +120,12 @@ def precise_batch_norm(model, train_set, args, device, run, stop):
 
 
 def ap_so_far(model, train_set, test_set, args, device, run):
-    """AP, AP50 and AP75 in %, after a step and before it counts; nothing is saved meanwhile, so
-    that a run that is stopped here resumes before the step, and measures again."""
-    def go_on():
-        pass
-
-    tested = precise_batch_norm(model, train_set, args, device, run, go_on) if args.precise_bn \
-        else model
-    ap = evaluate(tested, test_set, args, device, run, go_on)
+    """AP, AP50 and AP75 in %, after a step but before the run counts it: nothing is saved, so that
+    a run that is stopped here resumes before the step, and measures again."""
+    tested = model
+    if args.precise_bn:
+        tested = precise_batch_norm(model, train_set, args, device, run, stop=lambda: None)
+    ap = evaluate(tested, test_set, args, device, run, stop=lambda: None)
     model.train()
     return {name: 100 * ap[name] for name in MEASURED}
 
@@ -159,8 +163,8 @@ def evaluate(model, dataset, args, device, run, stop):
 
 
 def pack(truth):
-    """A copy of an image's annotations, with runs in the place of masks, as detect returns them.
-    Kept itself, what came from a loader worker would hold a file open, and a view all its data."""
+    """A copy of an image's annotations, with runs in place of masks, as detect returns them: what
+    comes from a loader worker keeps a file open, and a view keeps all the data it is a view of."""
     kept = {name: value.clone() for name, value in truth.items() if name != "masks"}
     if "masks" not in truth:
         return kept
@@ -176,11 +180,6 @@ def measure(model, dataset, args, device, run):
         values["per_class"] = {dataset.classes[k]: v for k, v in values["per_class"].items()}
     if rank() == 0:
         (run.out / "ap.json").write_text(json.dumps(ap, indent=2) + "\n")
-        from plumbing.figures import draw_detections
-        items = [dataset[i] for i in range(min(4, len(dataset)))]
-        found = Unpacked(detect(model, [image for image, _ in items], device))
-        figure = draw_detections(items, {"found": found}, dataset.classes)
-        figure.savefig(run.out / "detections.png")
     tables = {}
     for kind, values in kinds.items():
         tables[f"{kind} by COCO's rules"] = {k: v for k, v in values.items() if k.startswith("AP")}
@@ -193,6 +192,12 @@ def measure(model, dataset, args, device, run):
     if 0 <= ap["AP"] < 0.005:
         run.say("warning: an AP below 0.5 tells nothing apart: more --iterations, or a larger "
                 "--min-size and --max-size, usually help")
+    if rank() == 0:
+        from plumbing.figures import draw_detections
+        items = [dataset[i] for i in range(min(4, len(dataset)))]
+        found = Unpacked(detect(model, [image for image, _ in items], device))
+        figure = draw_detections(items, {"found": found}, dataset.classes)
+        figure.savefig(run.out / "detections.png")
 
 
 def iterations_and_drops(args, per_epoch):
@@ -218,8 +223,11 @@ def step_schedule(step, warmup, drops, factor=0.1):
 
 
 def make_optimizer(model, args):
-    """SGD or Adam, without weight decay of batch norm's parameters, as in detectron2."""
-    norms, others = split_normalization_params(model)
+    """SGD or Adam, without weight decay of normalisation layers' parameters, as in detectron2."""
+    norms = [p for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.LayerNorm))
+             for p in m.parameters()]
+    of_norms = {id(p) for p in norms}
+    others = [p for p in model.parameters() if id(p) not in of_norms]
     groups = [dict(params=others, weight_decay=args.weight_decay),
               dict(params=norms, weight_decay=0.0)]
     if args.optimizer == "adam":
@@ -229,7 +237,7 @@ def make_optimizer(model, args):
 
 def describe(model, number, args):
     """One line about what is going to train, on ``number`` images."""
-    layers = [m for m in model.modules() if "BatchNorm" in type(m).__name__]
+    layers = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     trained = sum(m.training and m.weight.requires_grad for m in layers)
     shared = f"with the statistics of {args.batch_size} images"
     if world_size() > 1:
@@ -265,7 +273,7 @@ def data_sets(args):
 
 
 def bytes_of_a_step(model, args, device):
-    """About how much memory an iteration takes in this process, or in all that share a CPU."""
+    """About the bytes of an iteration: in this process on a GPU, in all processes on a CPU."""
     on_gpu = device.type == "cuda"
     images = math.ceil(args.batch_size / world_size()) if on_gpu else args.batch_size
     needed = training_bytes(model, images, args.min_size[-1], args.max_size, args.rois)
@@ -273,7 +281,7 @@ def bytes_of_a_step(model, args, device):
 
 
 def warn_of_size(needed, args, device, run):
-    """Say what is too much for a CPU, or for the memory of which ``needed`` bytes are needed."""
+    """Warn of images too large for a CPU, or of ``needed`` bytes that exceed the free memory."""
     if device.type == "cpu" and max(args.min_size) >= 400:
         run.say(f"warning: {args.iterations} iterations of {args.batch_size} images of "
                 f"{max(args.min_size)} pixels are for GPUs: on a CPU use --small")
@@ -292,13 +300,13 @@ def train(args, device):
         restore(model, load_fine_tuned(args.eval_only), args.eval_only)
         run = Run(args, "finetune_fasterrcnn", test_set, steps=0)
         return measure(model, test_set, args, device, run)
+    fit_small(args, len(train_set))
     model = detector_from_args(args)
     needed = bytes_of_a_step(model, args, device)
     model, ddp = distribute(model, device, sync_batch_norm=True)
     if args.detector == "fpn" and isinstance(model.roi_heads.box_head, FastRCNNConvFCHead):
         args.box_head = "4conv1fc"  # for --eval-only, which has no --weights
     per_epoch = steps_per_epoch(train_set, args.batch_size)
-    fit_iterations(args, len(train_set))
     args.iterations, args.drops, factor = iterations_and_drops(args, per_epoch)
     optimizer = make_optimizer(model, args)
     run = Run(args, "finetune_fasterrcnn", train_set, steps=args.iterations, model=model,
@@ -386,7 +394,8 @@ def add_arguments(parser):
     add("--eval-every", type=whole(1), metavar="N", help="measure AP after every N iterations too, "
         "for log.csv and curves.png")
     add("--precise-bn", type=whole(0), metavar="N", help="measure batch norm's statistics on "
-        "N batches before the test (default: 200 on voc and coco), or keep the running ones (0)")
+        "N batches before the test (default: 200 on voc and coco, but for retinanet), or keep the "
+        "running ones (0)")
     add_run_arguments(parser, out="runs/finetune")
     add("--eval-only", metavar="CHECKPOINT", help="measure the AP of this one alone, with the "
         "arguments that it holds where none are given; --out is eval/ beside it; batch norm's "
@@ -412,6 +421,7 @@ def parse_args(argv=None):
         recipe.update(rois=16, min_size=[192], max_size=192)
     if known.detector == "retinanet":
         recipe.setdefault("lr", 0.01)  # detectron2's Base-RetinaNet.yaml; not the small recipes'
+        recipe["precise_bn"] = 0  # as all else, detectron2's default (DUPR, 4.2.1)
         if scenes:
             recipe.update(anchor_size=16)  # its finest level has twice the stride of the FPN's
     if adam:

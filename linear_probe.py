@@ -176,7 +176,8 @@ def average_precision(scores, y):
     scores (n,); y (n,) in 1, -1, and 0 for what is not judged.  NaN without a positive.  Of equal
     scores the negatives come first.
     """
-    # Differs: VOC2010's area under the curve, not VOC07's mean of the precision at 11 recalls
+    # The area under the curve, as in Goyal et al.'s code, whose settings DUPR takes (4.5.1); not
+    # VOC07's mean of the precision at 11 recalls
     scores, y = np.asarray(scores)[np.asarray(y) != 0], np.asarray(y)[np.asarray(y) != 0]
     positive = y[np.lexsort((y, -scores))] > 0  # (n,), best first
     if not positive.any():
@@ -192,8 +193,9 @@ def svm_scores(train, test, classes, args):
     def precisions(w, b, x, y):
         return [average_precision(s, t) for s, t in zip((x @ w.T + b).T.cpu(), y.T.cpu())]
 
-    # Paper silent: features of unit length; each class takes the cost that does best on a fifth of
-    # the training images, held out, and is fitted again on all of them
+    # Features of unit length, as in Goyal et al.'s code (DUPR, 4.5.1).  Differs: there three folds
+    # choose each class's cost, and positives weigh twice; here each class takes the cost that does
+    # best on a fifth of the training images, held out, and is fitted again on all of them
     (x, y), (x_test, y_test) = ((F.normalize(x.double(), dim=1), y) for x, y in (train, test))
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(x))).to(x.device)
     held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
@@ -262,7 +264,6 @@ def report(measured, metric, chance, args):
                        for level, values in zip(args.levels, levels)}
                for label, levels in measured.items()}  # JSON knows no NaN
     out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
     (out / "probe.json").write_text(json.dumps(content, indent=2) + "\n")
     figure = Figure((0.7 * PAGE, 0.45 * PAGE))
     axes = figure.add_subplot(xlabel="level", ylabel=f"{metric} (%)")
@@ -276,6 +277,7 @@ def report(measured, metric, chance, args):
 
 def probe(args, device):
     """Probe each of --weights at each of --levels."""
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     if args.batch_size < world_size():
         raise InputError(f"--batch-size {args.batch_size} is less than {world_size()} processes")
     train = read_data(args, "train")
@@ -287,6 +289,8 @@ def probe(args, device):
     else:  # of a class: the share of images that have it; without any it is left out, as in mAP
         shares = (test.targets == 1).sum(0) / (test.targets != 0).sum(0)
         scores, metric, chance = svm_scores, "mAP", shares[shares > 0].mean().item()
+        if chance == 1:
+            raise InputError("each test image has each class: nothing to tell apart")
     for name, data in (("training", train), ("test", test)):
         images = data.targets.bincount() if args.dataset == "folder" else (data.targets == 1).sum(0)
         counts = ", ".join(f"{n} {c}" for n, c in zip(images.tolist(), data.classes))

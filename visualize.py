@@ -66,15 +66,19 @@ def pictures(args, masks=False, keypoints=False):
         splits = args.split or TEST_SPLITS[args.dataset]
         data = Annotated(args.dataset, args.data, splits, args.classes, masks=masks,
                          keypoints=keypoints)
-    for i in np.random.default_rng(args.seed).permutation(len(data))[:args.images].tolist():
+    left = args.images
+    for i in np.random.default_rng(args.seed).permutation(len(data)).tolist():
         if args.data is None or args.dataset:
             yield data[i]
-            continue
-        number, image = data.numbered(i)
-        if number == i:
-            yield image, None
         else:
-            data.report(print, "left out")
+            number, image = data.numbered(i)
+            if number != i:
+                data.report(print, "left out")
+                continue
+            yield image, None
+        left -= 1
+        if not left:
+            return
 
 
 def squares(items, args, device):
@@ -125,9 +129,9 @@ def pair_similarity(q, k):
     """q, k (B, D), unit: row i of q and of k are a positive pair, any two others a negative one.
     Returns exp(cosine), its mean over positive and over negative pairs (DetCo, Sec. 6.4)."""
     # Differs: the paper names exp(q k / tau), but its values lie in 1..e: tau is 1 here
-    similarity = (q @ k.T).exp()  # (B, B)
-    positive = similarity.diagonal()
-    return positive.mean(), (similarity.sum() - positive.sum()) / (len(q) * (len(q) - 1))
+    pairs = (q @ k.T).exp()  # (B, B)
+    positive = pairs.diagonal()
+    return positive.mean(), (pairs.sum() - positive.sum()) / (len(q) * (len(q) - 1))
 
 
 def boxes_of_iou(box, ious, width, height, tries=64):
@@ -213,21 +217,23 @@ def retrieval(args, device):
     """The nearest neighbours of the first images (DetCo, Fig. 7), and how many of all images' share
     a class."""
     (networks, items), small, classes, rows = load_all(args, device), [], [], []
-    features = {label: [] for label in args.labels}
+    found = {label: [] for label in args.labels}
     for image, truth in items:
         x = squares([(image, truth)], args, device)
         for label, stages, _ in networks:
-            features[label].append(pooled(stages, x)[LEVELS.index(args.level)].float().cpu())
-        small.append(resize(image, None, max_size=96, antialias=True))
+            found[label].append(pooled(stages, x)[LEVELS.index(args.level)].float().cpu())
+        shape = [max(1, round(96 * side / max(image.shape[1:]))) for side in image.shape[1:]]
+        small.append(resize(image, shape, antialias=True))
         classes.append({*truth["labels"].tolist()} if truth else set())
     if len(small) < 2:
         raise InputError("retrieval needs two images or more")
     share = torch.tensor([[not own.isdisjoint(other) for other in classes] for own in classes])
     share.fill_diagonal_(False)  # (n, n): a class in common
+    annotated = truth is not None
     title = f"images most like the first, by the mean of {args.level.capitalize()}: cosine" + (
-        "; framed: a class in common" if truth else "")
+        "; framed: a class in common" if annotated else "")
     figure, axes = image_grid([1] * (min(args.rows, len(small)) * len(networks)), [1] * 10, title)
-    for n, (label, parts) in enumerate(features.items()):
+    for n, (label, parts) in enumerate(found.items()):
         nearest, cosine = neighbours(torch.cat(parts))  # (n, 9) each
         for i, line in enumerate(axes[n::len(networks)]):
             show(line[0], small[i], left=label)
@@ -237,7 +243,7 @@ def retrieval(args, device):
                     ax.spines[:].set(color="C5", linewidth=2.5)
         row = dict(weights=label, images=len(small), first_cosine=cosine[:, 0].mean(),
                    last_cosine=cosine[:, -1].mean())
-        if truth:
+        if annotated:
             row.update(share_a_class=share.gather(1, nearest).float().mean(),
                        of_any_pair=share.sum() / (len(small) * (len(small) - 1)))
         rows.append(row)
@@ -357,6 +363,7 @@ def correspondence(args, device):
     (networks, items), rows = load_all(args, device), []
     torch.manual_seed(args.seed)
     pairs = [two_views(image, args.size, (0.2, 1.0)) for image, _ in items]
+    # Differs: MoCo v2's colours; Sec. 4.6.2 takes MoCo's, without blur
     pixels = [augment_colour(torch.stack([view.pixels for view in pair]), mean=(0, 0, 0),
                              std=(1, 1, 1)) for pair in pairs]  # 0..1
     shown = min(args.rows, len(pairs))
@@ -468,8 +475,8 @@ def views_of(method, image, args):
     elif name in ("detco", "dupr"):
         cut = method.cut_views(image, args)
     else:
-        resize = "bilinear" if name == "moco_v2" else "bicubic"
-        cut = two_views(image, args.image_size, (args.crop_scale, 1.0), resize)
+        interpolation = "bilinear" if name == "moco_v2" else "bicubic"
+        cut = two_views(image, args.image_size, (args.crop_scale, 1.0), interpolation)
     if name == "dupr":
         *places, valid = method.overlap(*default_collate([cut]))
         shared = [(roi[0].tolist(), bool(flipped)) if valid else () for roi, flipped in places]
@@ -582,7 +589,7 @@ def visualize(args, device):
 
 
 def parse_args(argv=None):
-    """The paper's settings of the figure by default; smaller images without --data."""
+    """The papers' sizes and levels by default, but fewer images; smaller ones without --data."""
     parser = Parser(description="Draw what pre-trained backbones have learnt; with the figure "
                     "detections --weights are fine-tuned checkpoints, with curves folders of runs.")
     parser.add_argument("figure", choices=[*FIGURES])

@@ -6,8 +6,8 @@ This file imports nothing of the project, so that it can be copied by itself:
     detections = [dict(boxes=[[0, 0, 9, 10]], labels=[1], scores=[0.8])]
     coco_ap(ground_truth, detections)["AP50"]  # 1.0
 
-mask_ap and keypoint_ap take the same lists, with masks or keypoints in the dicts: only the overlap
-is another one.
+mask_ap and keypoint_ap take the same lists, with masks or keypoints in the dicts: they differ in
+the overlap alone.
 Letters: n ground-truth objects and m detections, of one image or of one class; A = 4 area ranges;
 T = 10 thresholds of the overlap.  TP and FP: true and false positives.
 """
@@ -15,7 +15,8 @@ import numpy as np
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)  # 0.50:0.05:0.95
 COCO_RECALLS = np.linspace(0, 1, 101)
-# Differs: detectron2's VOC07 rule has np.arange(0, 1.1, 0.1), whose 0.3 is 0.30000000000000004
+# Differs: detectron2's VOC07 rule has np.arange(0, 1.1, 0.1), whose 0.3 is 0.30000000000000004; it
+# also rounds scores to 0.001 and boxes to 0.1 pixels, and takes IoU > threshold, not >=
 VOC07_RECALLS = np.arange(11) / 10
 AREA_RANGES = np.array([[0, 1e10], [0, 32 ** 2], [32 ** 2, 96 ** 2], [96 ** 2, 1e10]])
 MAX_DETECTIONS, MAX_WITH_KEYPOINTS = 100, 20  # of each image and class

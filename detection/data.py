@@ -52,8 +52,8 @@ class LabelledScenes(Dataset):
 
 
 def check_size(file, size, orientation, exact):
-    """Whether the size that an annotation declares is another one than its image's, where its boxes
-    may be right all the same.
+    """Whether an annotation declares another size than its image has, while its boxes may still be
+    right.
 
     size: width and height of the image, turned upright as its EXIF orientation says; exact: whether
     the declared size must be right.
@@ -156,7 +156,7 @@ class Annotated(ImageFiles):
                     odd["outside"].append(file.source)
                 if clipped[2] < size[0] / 2 and clipped[3] < size[1] / 2:
                     odd["corner"].append(file.source)
-                # wider than far from the left and so on: so are all x y x2 y2, read as x y w h
+                # x y x2 y2 read as x y w h would make all boxes end at x + x2 > 2 x, y + y2 > 2 y
                 if dataset == "coco" and box[2] > 2 * box[0] and box[3] > 2 * box[1]:
                     odd["far"].append(file.source)
                 # Paper silent: VOC's `difficult` objects train, as in detectron2; COCO's crowds do
@@ -265,17 +265,20 @@ class Annotated(ImageFiles):
         if self.sizes[i] not in (image.shape[:0:-1], (math.inf, math.inf)):
             raise InputError(f"{self.paths[i]} has no longer the {self.sizes[i][0]} x "
                              f"{self.sizes[i][1]} pixels that it had at the start")
+        return image, self._truth(i, *image.shape[1:])
+
+    def _truth(self, i, height, width):
+        """The dict of image i, of height x width pixels.  Raises InputError for a wrong mask."""
         rows = self.rows[self.ends[i]:self.ends[i + 1]]  # (n, 8)
         truth = dict(boxes=rows[:, :4], area=rows[:, 4], labels=rows[:, 5].long(),
                      ignore=rows[:, 6].bool())
         if self.segments is not None:
-            height, width = image.shape[1:]
             masks = [self._mask(number, self.paths[i], height, width)
                      for number in rows[:, 7].long().tolist()]
             truth["masks"] = torch.from_numpy(np.array(masks, bool).reshape(-1, height, width))
         if self.keypoints is not None:
             truth["keypoints"] = self.keypoints[rows[:, 7].long()]
-        return image, truth
+        return truth
 
     def _mask(self, number, path, height, width):
         """The mask (H, W) bool of the annotation with that number, of the image at the path.
@@ -288,15 +291,17 @@ class Annotated(ImageFiles):
             raise InputError(f"{path}, annotation {name}: {error}") from None
 
     def decode(self, workers, say):
-        """Decode each image once, and drop it.  The processes share the work.  Raises InputError if
-        one cannot be decoded: in a test, that shows before the training instead of after it."""
+        """Decode each image and its masks once, and drop them.  The processes share the work.
+        Raises InputError if one cannot be decoded: in a test, that shows before the training
+        instead of after it."""
         for _ in map_numbers(self._decode, range(rank(), len(self), world_size()), workers):
             pass
         self.report(say, "the test needs it", tolerated=0)
 
     def _decode(self, index):
         if not self.broken[index]:
-            self.numbered(index)
+            i, image = self.numbered(index)
+            self._truth(i, *image.shape[1:])
         return 0
 
 

@@ -152,7 +152,7 @@ def _read_xml(path):
             x1, y1, x2, y2 = (float(_text(element, f"bndbox/{side}"))
                               for side in ("xmin", "ymin", "xmax", "ymax"))
             # Paper silent: a box has no area if xmax is not above xmin, or ymax not above ymin
-            x2, y2 = x2 - (x2 <= x1), y2 - (y2 <= y1)
+            x2, y2 = x2 if x2 > x1 else x2 - 1, y2 if y2 > y1 else y2 - 1
             box = x1 - 1, y1 - 1, x2, y2  # VOC counts pixels from 1, and includes both ends
             objects.append(Object(_text(element, "name"), box,
                                   _flag(_text(element, "difficult", "0")),
@@ -204,19 +204,13 @@ def read_coco(root, split, masks=False, keypoints=False):
             if image not in files or category not in names:
                 raise ValueError(f"no image has the id {image!r}" if image not in files else
                                  f"no category has the id {category!r}")
-            box = [0] * 4 if entry["bbox"] in (None, []) else entry["bbox"]  # of an empty mask
-            if not isinstance(box, list):
-                raise ValueError("its bbox is no list")
-            x, y, w, h = map(float, box)
-            if isinstance(entry.get("attributes"), dict):
-                _refuse_rotated(entry["attributes"].get("rotation", 0))  # CVAT's
-            files[image].objects.append(Object(names[category], (x, y, x + w, y + h),
-                                               _flag(entry.get("iscrowd")),
-                                               _area(entry.get("area"), w * h),
-                                               _segment(entry) if masks else None,
-                                               _keypoints(entry) if keypoints else None))
+            files[image].objects.append(_coco_object(entry, names[category], files[image].size,
+                                                     masks, keypoints))
         entry = None
-        classes = [names[i] for i in sorted(names)]
+        used = {e["category_id"] for e in annotations}
+        # Roboflow's file may hold a category that only groups others, with the name of one of them
+        groups = {e.get("supercategory") for e in categories} & {names[i] for i in used}
+        classes = [names[i] for i in sorted(names) if i in used or names[i] not in groups]
     except FileNotFoundError:
         raise InputError(f"no such file: {path} (a split: NAME or FILE.json:FOLDER)") from None
     except OSError as error:
@@ -242,18 +236,43 @@ def _category(entry, keypoints):
     return name
 
 
-def _segment(entry):
+def _coco_object(entry, name, size, masks, keypoints):
+    """An annotation of an object of the class ``name``, in an image of that declared size, or None
+    -> Object.  Raises ValueError and others for what can be no annotation."""
+    box = [0] * 4 if entry["bbox"] in (None, []) else entry["bbox"]  # of an empty mask
+    if not isinstance(box, list):
+        raise ValueError("its bbox is no list")
+    x, y, w, h = map(float, box)
+    if isinstance(entry.get("attributes"), dict):
+        _refuse_rotated(entry["attributes"].get("rotation", 0))  # CVAT's
+    return Object(name, (x, y, x + w, y + h), _flag(entry.get("iscrowd")),
+                  _area(entry.get("area"), w * h),
+                  _segment(entry, (x, y, w, h), size) if masks else None,
+                  _keypoints(entry) if keypoints else None)
+
+
+def _segment(entry, box, size):
     """The id and the segmentation of an annotation as JSON, without polygons of fewer than 3
-    points; None if it has no other, as detectron2 (data/datasets/coco.py).  Raises ValueError for
-    what can be no segmentation; the rest shows when it is drawn."""
+    points; None if it has no other, as detectron2 (data/datasets/coco.py).  box: x y w h; size:
+    declared width and height of the image, or None.  Raises ValueError for what can be no
+    segmentation of the box; the rest shows when it is drawn."""
     segmentation, name = entry.get("segmentation"), entry.get("id")
     if isinstance(segmentation, list):
-        if any(not isinstance(polygon, list) or len(polygon) % 2 for polygon in segmentation):
+        if any(not isinstance(polygon, list) or len(polygon) % 2 or
+               any(not isinstance(v, (int, float)) for v in polygon) for polygon in segmentation):
             raise ValueError(f"annotation {name}: a polygon is no list of x1 y1 x2 y2 ...")
         segmentation = [polygon for polygon in segmentation if len(polygon) >= 6]
-    elif segmentation and not (isinstance(segmentation, dict) and
-                               {"size", "counts"} <= {*segmentation}):
-        raise ValueError(f"annotation {name}: its segmentation is neither polygons nor runs")
+        for axis in range(2) if segmentation else ():
+            start, extent = box[axis::2]
+            along = [v for polygon in segmentation for v in polygon[axis::2]]
+            if extent > 0 and (max(along) < start - 1 or min(along) > start + extent + 1):
+                raise ValueError(f"annotation {name}: its polygons lie outside its bbox")
+    elif segmentation:
+        if not (isinstance(segmentation, dict) and {"size", "counts"} <= {*segmentation}):
+            raise ValueError(f"annotation {name}: its segmentation is neither polygons nor runs")
+        if size and segmentation["size"] != [*size[::-1]]:
+            raise ValueError(f"annotation {name}: runs of size {segmentation['size']}, expected "
+                             f"[height, width] {[*size[::-1]]}")
     return json.dumps([name, segmentation]).encode() if segmentation else None
 
 
@@ -275,8 +294,12 @@ def _json_object(pairs):
 
 def _refuse_rotated(degrees):
     """Raises ValueError if a box is turned: it is then not the one around its object."""
-    if float(degrees) % 360:
-        raise ValueError(f"a box is rotated, by {float(degrees):g} degrees")
+    try:
+        degrees = float(degrees)
+    except (TypeError, ValueError):  # an attribute of that name, but not CVAT's own
+        return
+    if degrees % 360:
+        raise ValueError(f"a box is rotated, by {degrees:g} degrees")
 
 
 def _area(value, default):

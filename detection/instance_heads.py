@@ -1,7 +1,7 @@
 """What Mask R-CNN (He et al., arXiv 1703.06870) adds to Faster R-CNN for each object: a mask, or a
 person's keypoints (Sec. 5 there).
 
-The layers are torchvision's, drawn as in detectron2; targets, losses and what becomes of the
+The layers are torchvision's, initialised as in detectron2; targets, losses and what becomes of the
 outputs are detectron2's (modeling/roi_heads/mask_head.py and keypoint_head.py).
 Letters: N RoIs, S side of an output in cells, K classes.
 """
@@ -32,8 +32,8 @@ def mask_layers(channels, width, num_classes, convolutions, norm):
 
 
 def crop_masks(masks, boxes, objects, side):
-    """What boxes show of an image's masks, on a grid of ``side`` cells: where half of a cell or
-    more, by RoI Align, is inside.
+    """Crop each box's mask by RoI Align, on a grid of ``side`` x ``side`` cells: True where half of
+    a cell or more is inside the object.
 
     masks: (n, H, W) bool; boxes: (N, 4), x1 y1 x2 y2 in the masks' pixels; objects: (N,), the mask
     of each.  Returns (N, side, side) bool.
@@ -80,7 +80,7 @@ def keypoint_layers(channels, width):
     """The keypoint head, eight convolutions of ``width`` channels, and the predictor: RoIs (N,
     channels, 14, 14) -> a heat map of each keypoint's place (N, 17, 56, 56), logits.
 
-    Drawn by torchvision as in detectron2's KRCNNConvDeconvUpsampleHead.  The loss is torchvision's
+    Initialised by torchvision as in detectron2's KRCNNConvDeconvUpsampleHead.  The loss is its
     keypointrcnn_loss: cross entropy over a map's cells, the mean over the labelled keypoints within
     their RoIs (NORMALIZE_LOSS_BY_VISIBLE_KEYPOINTS).
     """

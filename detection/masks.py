@@ -25,11 +25,12 @@ def to_mask(segmentation, height, width):
             raise InputError(f"runs that are no lengths: {runs!r:.80}")
         if sum(runs) != height * width:
             raise InputError(f"runs that sum to {sum(runs)} pixels, not to {height} x {width}")
-        return _draw(runs, height, width)
+        return _mask_from_runs(runs, height, width)
     if not isinstance(segmentation, list) or not segmentation:
         raise InputError(f"neither polygons nor runs: {segmentation!r:.80}")
-    return np.logical_or.reduce([_draw(_polygon_runs(polygon, height, width), height, width)
-                                 for polygon in segmentation])
+    return np.logical_or.reduce([
+        _mask_from_runs(_polygon_runs(polygon, height, width), height, width)
+        for polygon in segmentation])
 
 
 def to_runs(mask):
@@ -64,7 +65,7 @@ class Unpacked:
         return {**image, "masks": masks.reshape(-1, width, height).swapaxes(1, 2)}
 
 
-def _draw(runs, height, width):
+def _mask_from_runs(runs, height, width):
     """The lengths of the runs of 0, 1, 0, ... down the columns -> the mask (H, W) bool."""
     pixels = np.repeat(np.arange(len(runs)) % 2 == 1, runs)  # (W H,)
     return np.ascontiguousarray(pixels.reshape(width, height).T)

@@ -87,7 +87,7 @@ class RoIHeads(roi_heads.RoIHeads):
         self.object_pool, self.beta = None, beta
 
     def forward(self, features, proposals, image_shapes, targets=None):
-        """torchvision's, in training up to the losses of this file.  In eval mode the dicts also
+        """torchvision's forward, with this file's losses in training.  In eval mode the dicts also
         have mask_probabilities (n, S, S), and keypoints as find_keypoints gives them."""
         if not self.training:
             found, losses = super().forward(features, proposals, image_shapes)
@@ -112,8 +112,8 @@ class RoIHeads(roi_heads.RoIHeads):
             regions = self.object_pool(features, boxes)
         if self.mask_predictor is not None:
             logits = self.mask_logits(regions)
-            # from the masks as they were drawn: resized with the image, each pixel of them would
-            # be the nearest one
+            # cropped from the masks as annotated: torchvision would resize them with the image, by
+            # the nearest pixel
             crops = [crop_masks(target["bitmasks"],
                                 resize_boxes(box, shape, target["bitmasks"].shape[1:]), number,
                                 logits.shape[-1])
@@ -242,28 +242,20 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     if keypoints and detector != "fpn" or masks and detector == "retinanet":
         raise InputError("--keypoints needs --detector fpn, --masks needs fpn or c4")
     rest = load_backbone(stages, weights) if weights != "none" else {}
-    rest = {} if backbone_only else rest
+    # SoCo's checkpoint.pt calls the box head online.head
+    rest = {} if backbone_only else {
+        name.replace("online.head.", "online.roi_heads.box_head."): v for name, v in rest.items()}
     if detector == "retinanet":
         return _retinanet(PyramidFromP3(stages, fpn_channels), num_classes, anchor_size, rest,
                           weights, min_size, max_size, mean, std)
     sizes = tuple(anchor_size * 2 ** i for i in range(5))
     if detector == "c4":
         backbone, anchors, pool, head, width = _c4_parts(stages, sizes)
-        before_nms, after_nms, divisor = dict(training=min(12000, 24 * rois), testing=6000), 2000, 1
     else:
         if any(name.endswith("roi_heads.box_head.0.0.weight") for name in rest):
             box_head = "4conv1fc"
         backbone, anchors, pool, head, width = _fpn_parts(stages, fpn_channels, sizes, box_head)
-        before_nms, divisor = dict(training=min(2000, 8 * rois), testing=1000), 32  # of a level
-        after_nms = 1500 if keypoints else 1000  # Base-Keypoint-RCNN-FPN.yaml, also of beta
-    # Differs: few RoIs need few proposals, also before NMS, which took a sixth of the time of a
-    # small recipe on CPUs.  With the default of 512 RoIs all are detectron2's numbers.
-    after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
-    proposals = RPN(anchors, rpn.RPNHead(backbone.out_channels, len(anchors.cell_anchors[0])),
-                    fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
-                    positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms,
-                    nms_thresh=0.7)
-    proposals.min_size = torch.finfo(torch.float32).tiny  # whatever has an area; torchvision: 0.001
+    proposals = _proposals(backbone.out_channels, anchors, detector, rois, keypoints)
     # Differs: boxes with a side below 0.01 pixels are no detections; detectron2 keeps them
     heads = RoIHeads(pool, head, box_predictor(width, num_classes), fg_iou_thresh=0.5,
                      bg_iou_thresh=0.5, batch_size_per_image=rois, positive_fraction=0.25,
@@ -274,7 +266,7 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     # Differs: an image's sides are rounded down when it is resized, and it is not smoothed before
     # it is made smaller; detectron2 rounds to the next pixel, and PIL smooths
     transform = GeneralizedRCNNTransform(tuple(min_size), max_size, list(mean), list(std),
-                                         size_divisible=divisor)
+                                         size_divisible=1 if detector == "c4" else 32)
     model = GeneralizedRCNN(backbone, proposals, heads, transform)
     if detector == "fpn":
         load_part(model.backbone.fpn, "backbone.fpn.", rest, weights)
@@ -283,9 +275,28 @@ def build_detector(arch, num_classes, detector="fpn", fpn_channels=256, min_size
     return in_float32(model, model.rpn.head, *filter(None, predictors))
 
 
+def _proposals(channels, anchors, detector, rois, keypoints):
+    """The region proposal network of the C4 or the FPN detector."""
+    # Differs: few RoIs need few proposals, also before NMS, which took a sixth of the time of a
+    # small recipe on CPUs.  With the default of 512 RoIs all are detectron2's numbers.
+    if detector == "c4":
+        before_nms, after_nms = dict(training=min(12000, 24 * rois), testing=6000), 2000
+    else:
+        before_nms = dict(training=min(2000, 8 * rois), testing=1000)  # of a level
+        after_nms = 1500 if keypoints else 1000  # Base-Keypoint-RCNN-FPN.yaml, also of beta
+    after_nms = dict(training=min(after_nms, 4 * rois), testing=min(1000, 2 * rois))
+    proposals = RPN(anchors, rpn.RPNHead(channels, len(anchors.cell_anchors[0])),
+                    fg_iou_thresh=0.7, bg_iou_thresh=0.3, batch_size_per_image=256,
+                    positive_fraction=0.5, pre_nms_top_n=before_nms, post_nms_top_n=after_nms,
+                    nms_thresh=0.7)
+    proposals.min_size = torch.finfo(torch.float32).tiny  # whatever has an area; torchvision: 0.001
+    return proposals
+
+
 def box_predictor(width, num_classes):
-    """(N, width) -> class scores (N, K + 1), background first, and deltas (N, 4 (K + 1)), drawn as
-    in detectron2.  No loss uses the background's deltas, which detectron2 does not predict."""
+    """(N, width) -> class scores (N, K + 1), background first, and deltas (N, 4 (K + 1)),
+    initialised as in detectron2.  No loss uses the background's deltas, which detectron2 does not
+    predict."""
     predictor = FastRCNNPredictor(width, num_classes + 1)
     nn.init.normal_(predictor.cls_score.weight, std=0.01)
     nn.init.normal_(predictor.bbox_pred.weight, std=0.001)
@@ -361,9 +372,9 @@ def restore(model, saved, path):
 @torch.no_grad()
 def detect(model, images, device):
     """Images (3, H, W) uint8 -> a list of dicts boxes (n, 4), labels (n,) from 0, scores (n,), and
-    with masks size (H, W) and runs, a list of n, as masks.to_runs gives them; with keypoints these,
-    (n, 17, 3), in pixels that count from 0 as COCO's; on the CPU; best first.  One by one: a
-    batch's padding would depend on who shares it."""
+    with masks size (H, W) and runs, a list of n, as masks.to_runs gives them; with keypoints
+    (n, 17, 3), x y as COCO's pixel indices; on the CPU; best first.  One by one: a batch's padding
+    would depend on who shares it."""
     found = []
     for image in images:
         f = model([image.to(device, non_blocking=True).float() / 255])[0]
@@ -373,7 +384,7 @@ def detect(model, images, device):
             size = tuple(image.shape[1:])
             found[-1].update(size=size, runs=[*map(to_runs, paste_masks(
                 f["mask_probabilities"], f["boxes"], *size))])
-        if "keypoints" in f:  # of a pixel the middle is found, and its number told
+        if "keypoints" in f:  # pixel middles -> COCO's pixel indices
             found[-1]["keypoints"] = f["keypoints"] - torch.tensor([0.5, 0.5, 0])
     return found
 

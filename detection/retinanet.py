@@ -122,8 +122,8 @@ class RetinaNet(retinanet.RetinaNet):
 
 
 def pyramid_parts(fpn, names):
-    """The parts of a PyramidFromP3's fpn that a file of tensors ``names`` may hold: by name there,
-    all of it, or its three levels from a pyramid that begins at P2, as SoCo's."""
+    """The parts of a PyramidFromP3's fpn to load from a file of tensors ``names``, by their names
+    there: all of it, or P3 to P5 of a pyramid that begins at P2, as SoCo's."""
     if any("backbone.fpn.extra_blocks." in name for name in names):
         return {"backbone.fpn.": fpn}
     return {f"backbone.fpn.{kind}.{level + 1}.": blocks[level] for level in range(3)

@@ -48,26 +48,24 @@ class SyncBatchNorm(nn.BatchNorm2d):
     it is BatchNorm2d.
     """
 
-    def _check_input_dim(self, x):
-        """Take (B, C) too, which BatchNorm2d refuses."""
-
     @torch.no_grad()
     def statistics(self, x):
         """The mean and the variance (C,) over all processes, in float32 at least."""
-        own = self.running_mean, self.running_var  # without values, as of a head without boxes
+        own = self.running_mean, self.running_var  # if x is empty: a head that got no boxes
         if x.numel():
             unused = torch.empty_like(self.running_mean)
             own = torch.batch_norm_update_stats(x, unused, unused, 0.0)
         means, variances = all_gather(torch.stack(own)[None]).unbind(1)  # (processes, C) each
-        # Differs: each process has the same weight; torch's weighs by the number of values, which
-        # differs where a detector's images differ in size.
+        # As naiveSyncBN, which MoCo's configuration names: each process weighs the same.  torch's
+        # weighs by the number of values, which differs where a detector's images differ in size.
         # From squares of differences, so that a large mean costs no digits (Chan et al. 1979)
         between, mean = torch.var_mean(means, dim=0, correction=0)
         return mean, variances.mean(0) + between
 
     def forward(self, x):
         if not self.training:
-            return super().forward(x)
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
         mean, var = self.statistics(x)
         number = world_size() * x.numel() // len(mean) or math.inf
         self.num_batches_tracked += 1

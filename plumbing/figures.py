@@ -1,8 +1,8 @@
 """How the commands draw: the curves of runs, the correlation of embeddings, detections, and
 visualize.py's images in a grid, with what lies over them.
 
-Figures are as wide as a page's text, and their letters so large that they can be read at half of
-that, a column's width.  Importing this file takes half a second, for matplotlib.
+Figures are as wide as a page's text, with letters that can still be read at half that width, in a
+column.  Importing this file takes half a second, for matplotlib.
 """
 import csv
 import math
@@ -90,7 +90,8 @@ def draw_curves(logs, path):
                 chance = column.endswith("chance")
                 colour = run if not single else int(level[0][-1]) - 2 if level else number
                 words = column.split("_")
-                words = words[1:] if len(words) > 1 and words[0] == panel != "deviation" else words
+                if len(words) > 1 and words[0] == panel and panel != "deviation":
+                    words = words[1:]
                 style = ("-", ":", "-.")[number_of_kind % 3 if level or not single else 0]
                 known = [row for row in rows if math.isfinite(row[column])]
                 axes.plot([row["epoch"] for row in known], [row[column] for row in known],
@@ -154,10 +155,11 @@ def draw_correlation(z1, z2, path):
 def image_grid(heights, widths, title=""):
     """A figure as wide as a page, and its axes (rows, columns), invisible until something is shown.
 
-    heights, widths: of the rows and columns, in one unit.
+    heights, widths: of the rows and columns, in one unit.  At three times its width the figure's
+    height ends, and its images become narrower.
     """
-    unit = PAGE / sum(widths)
-    figure = Figure((PAGE, unit * sum(heights) + 0.3 * len(heights)), layout="compressed")
+    height = PAGE * sum(heights) / sum(widths) + 0.3 * len(heights)
+    figure = Figure((PAGE, min(height, 3 * PAGE)), layout="compressed")
     figure.suptitle(title)
     return figure, figure.subplots(
         len(heights), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths,

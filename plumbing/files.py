@@ -71,9 +71,9 @@ def _refuse_misread(image, path):
 
 
 def _reduction(width, height, turned, crops):
-    """The largest r of 8, 4, 2 and 1 such that in an image of 1 / r of the width and height each of
-    ``crops`` (pixels a side, least share of the image, of which width / height is 3/4 to 4/3) still
-    has its pixels."""
+    """The largest r of 8, 4, 2 and 1 such that an image decoded at 1 / r of its sides has enough
+    pixels for each of ``crops``: (pixels a side, least share of the image); a crop's width / height
+    is 3/4 to 4/3."""
     for r in (8, 4, 2):
         w, h = width // r, height // r
         whole = not (turned and (width % r or height % r))  # else pixels are lost at another side
@@ -218,10 +218,10 @@ class ImageFiles(Dataset):
         if narrow and self._first("narrow"):
             path = self.paths[narrow[0]]
             bits = max(8, _decode(path)[2].bit_length())
-            say(f"warning: {path} uses {bits} of its 16 bits, so it is read as nearly black: "
+            say(f"warning: {path!r} uses {bits} of its 16 bits, so it is read as nearly black: "
                 f"multiply the values of such images ({len(narrow)} so far) by {2 ** (16 - bits)} "
                 "and save them again")
-        if len(broken) > max(2 * bool(tolerated), tolerated * len(self)):
+        if len(broken) > max(2 if tolerated else 0, tolerated * len(self)):
             more = f": over {tolerated:.0%}" if tolerated else f": {self.paths[broken[0]]}"
             raise InputError(f"{len(broken)} of {len(self)} images cannot be decoded{more}")
         return len(broken)

@@ -99,11 +99,11 @@ FITTED = "batch_size bn_groups queue_size patch_keys momentum epochs warmup".spl
 def fit_recipe(args, images):
     """Set what --small leaves open, each unless its flag is given, by the number of images.
 
-    The batch has at most 64 images (if the method has none of its own for scenes) and a sixth of
-    all, a power of 2; batch norm sees groups of 16, or two of fewer.  The queue holds whole
+    The batch is the largest power of 2 up to 64 and a sixth of the images, if the method has none
+    of its own for scenes; batch norm sees groups of 16, or two of fewer.  The queue holds whole
     batches, of at most 256 keys and a quarter of the images; at so few keys m = 0.99 is slow enough
-    ((K/B)(1-m) is 0.04 or less).  30,000 images are seen, or three epochs; the learning rate grows
-    for a tenth of them.
+    ((K/B)(1-m) is 0.04 or less).  Training sees 30,000 images, or lasts three epochs; a tenth of
+    the epochs is warm-up.
     """
     def fit(name, value):
         if getattr(args, name, 0) is None:

@@ -153,7 +153,7 @@ def steps_per_epoch(data, batch_size):
         raise InputError(f"batch size {batch_size} does not divide over {world_size()} processes")
     if len(data) < batch_size:
         raise InputError(f"batch size {batch_size} is more than all {len(data)} images: --small "
-                         "sets a recipe for few images")
+                         "sets a recipe for few images, --batch-size for fewer")
     return len(data) // batch_size
 
 
@@ -246,8 +246,8 @@ def augment_colour(pixels, jitter=(0.4, 0.4, 0.4, 0.1), p_jitter=0.8, p_grey=0.2
     """Colour jitter, grey, blur, solarize and normalisation of a batch of views, on its device.
 
     pixels: (B, 3, H, W) uint8; jitter: strengths of brightness, contrast, saturation and hue; the
-    p_* are the chances of each image, whose strengths are drawn for itself.  mean, std: of red,
-    green and blue in 0..1.  Returns (B, 3, H, W) float32.
+    p_* are each image's chances, and each image draws its own strengths.  mean, std: of red, green
+    and blue in 0..1.  Returns (B, 3, H, W) float32.
     """
     x = pixels / 255
     number, device = len(x), x.device

@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -157,8 +158,8 @@ def gather_objects(mine):
 
 
 def check_queue(size, keys_per_step, m, images):
-    """Refuse a queue shorter than one step's keys; warn if it is long for this data set, or for
-    the momentum m of the key encoder.  images: their number."""
+    """Refuse a queue shorter than one step's keys, or longer than 4,096 and the data set; warn of a
+    long one for this data set, or for the momentum m of the key encoder.  images: their number."""
     if size > max(images, 4096):  # it would be filled for minutes or hours, with each image again
         raise InputError(f"{images} images are too few for a queue of {size} keys: --small sets a "
                          "recipe for few images")
@@ -181,7 +182,8 @@ class Run:
     module or optimizer, all that a checkpoint must hold.  If the folder holds a checkpoint, the run
     resumes at once: ``step`` is the number of steps done.  ``measured``, a dict of numbers that are
     not of every step (nan elsewhere), goes into the log of the step that ends next.
-    Raises InputError: no batch in the data, a checkpoint of another method or of other arguments.
+    Raises InputError: no batch in the data, a checkpoint of another method, of other arguments or
+    of other images.
     """
 
     FREE = ("out", "workers", "log_every", "fresh")  # arguments that may change when a run resumes
@@ -198,6 +200,8 @@ class Run:
         self.initial_lrs = [group["lr"] for group in groups]
         self.window, self.signal, self.asked, self.last = [], 0, 0.0, {}
         self.measured = {}
+        paths = "\n".join(getattr(images, "paths", ()))  # of scenes the arguments say all
+        self.fingerprint = [len(images), zlib.crc32(os.fsencode(paths))]
         self.parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
         self.out.mkdir(parents=True, exist_ok=True)
         if rank() == 0:
@@ -249,8 +253,12 @@ class Run:
                         for args in (state["args"], json.loads(json.dumps(self.args))))
             changed = [f"{k} {old.get(k)} (now {new.get(k)})" for k in sorted({*old, *new})
                        if old.get(k) != new.get(k)]
+            then, now = state.get("fingerprint", self.fingerprint), self.fingerprint
+            if then != now:
+                others = "others" if now[0] == then[0] else now[0]
+                changed.append(f"{then[0]} images (now {others})")
             if changed:
-                raise InputError(f"{self.out} holds a run with other arguments: "
+                raise InputError(f"{self.out} holds a run with other arguments or images: "
                                  f"{', '.join(changed)}; give the same ones, another --out, or "
                                  "--fresh to start over")
             for name, part in self.parts.items():
@@ -452,7 +460,8 @@ class Run:
         if rank() == 0:
             save_checkpoint(self.checkpoint, dict(
                 {name: part.state_dict() for name, part in self.parts.items()},
-                method=self.method, args=self.args, step=self.step))
+                method=self.method, args=self.args, fingerprint=self.fingerprint,
+                step=self.step))
             if last or time.monotonic() - self.drawn > 60:
                 from plumbing.figures import draw_curves, read_log
                 draw_curves({"": read_log(self.table)}, self.out / "curves.png")

@@ -34,7 +34,8 @@ def load_checkpoint(path):
     Raises InputError if it holds anything else, or cannot be read.
     """
     if not os.path.isfile(path):
-        raise InputError(f"no such file: {path}")
+        raise InputError(f"no such file: {path}" + (
+            " is a folder; name a file in it, such as backbone.pt" if os.path.isdir(path) else ""))
     with open(path, "rb") as file:
         start = file.read(4)
     if start[:1] == b"\x80" and start != b"\x80\x02\x8a\n":  # detectron2's .pkl; not torch's
@@ -105,7 +106,8 @@ def _find_backbone(stages, content, path):
             found += [(state, place, prefix, spell) for prefix in prefixes
                       if all(prefix + spell(name) in state for name in required)]
     if not found:
-        held = ", ".join(names[:4]) + ", ..." * (len(names) > 4) if names else "no named tensors"
+        more = ", ..." if len(names) > 4 else ""
+        held = ", ".join(names[:4]) + more if names else "no named tensors"
         raise InputError(f"{path} holds no {kind}: no {' and '.join(required)}, nor the same under "
                          f"other names that are known here, but {held}")
     # stable: otherwise the first one
@@ -113,7 +115,10 @@ def _find_backbone(stages, content, path):
     places = {place for _, place, _, _ in found}
     shown = [place + prefix if len(places) > 1 else prefix for _, place, prefix, _ in found]
     state, _, prefix, spell = found[0]
-    return {k: v for k, v in state.items() if isinstance(k, str)}, prefix, spell, shown
+    # Res5 of a C4 detector, ours or detectron2's, is in its RoI heads
+    state = {re.sub(r"\broi_heads\.(box_head\.)?(?=layer4\.|res5\.)", "backbone.", k): v
+             for k, v in state.items() if isinstance(k, str)}
+    return state, prefix, spell, shown
 
 
 def load_backbone(stages, path):

@@ -275,6 +275,10 @@ def test_a_segmentation_that_is_wrong_is_named(tmp_path):
     for segmentation, message in (
             ([[1, 2, 3, 4, 5]], "annotation 2: a polygon is no list of x1 y1 x2 y2"),
             ([1, 2, 3, 4, 5, 6], "annotation 2: a polygon is no list of x1 y1"),
+            ([[1, 2, 3, 4, 5, "x"]], "annotation 2: a polygon is no list of x1 y1"),
+            ([[[1, 2], [3, 4], [5, 6]] * 2], "annotation 2: a polygon is no list of x1 y1"),
+            ([[.1, .2, .1, .4, .3, .4]], "annotation 2: its polygons lie outside its bbox"),
+            (dict(size=[80, 60], counts=[4800]), "runs of size [80, 60], expected [height, width]"),
             ("polygon", "annotation 2: its segmentation is neither polygons nor runs"),
             (dict(size=[60, 80]), "annotation 2: its segmentation is neither")):
         add_masks(folder, content)
@@ -283,13 +287,13 @@ def test_a_segmentation_that_is_wrong_is_named(tmp_path):
         assert message in error(*args, masks=True)
         Annotated(*args)  # who trains on boxes has nothing to do with it
     for segmentation, message in (
-            ([[1, 2, 3, 4, 5, "x"]], "a polygon that is no list of numbers"),
-            (dict(size=[80, 60], counts=[4800]), r"runs of size \[80, 60\]"),
+            ([[math.nan, 2, 3, 4, 5, 6]], "a polygon that is no list of numbers"),
             (dict(size=[60, 80], counts=[4801]), "runs that sum to 4801")):
         content["annotations"][1]["segmentation"] = segmentation
         (folder / "some.json").write_text(json.dumps(content))
-        with pytest.raises(InputError, match=f"photos/0000.jpg, annotation 2: {message}"):
-            Annotated(*args, masks=True)[0]
+        for use in (lambda data: data[0], lambda data: data.decode(0, print)):  # before a training
+            with pytest.raises(InputError, match=f"photos/0000.jpg, annotation 2: {message}"):
+                use(Annotated(*args, masks=True))
 
 
 def add_keypoints(folder, content):
@@ -856,6 +860,30 @@ def test_files_of_any_encoding(tmp_path, encoding):
         path = tmp_path / "coco" / "a.json"
         path.write_bytes(mark + path.read_text().encode(encoding))
         assert min(shares(Annotated(*args))) > 0.9
+
+
+def test_a_category_that_groups_others_may_have_the_name_of_one(tmp_path):
+    args = draw(tmp_path, "coco")
+    path = tmp_path / "a.json"
+    content = json.loads(path.read_text())
+    names = [entry["name"] for entry in content["categories"]]
+    for entry in content["categories"]:
+        entry["supercategory"] = names[0]
+    content["categories"].append(dict(id=99, name=names[0], supercategory="none"))
+    path.write_text(json.dumps(content))
+    assert Annotated(*args).classes == names
+    content["annotations"][0]["category_id"] = 99
+    path.write_text(json.dumps(content))
+    assert "two categories have the name" in error(*args)
+
+
+@pytest.mark.parametrize("rotation", ["left", None, [], {}])
+def test_an_attribute_called_rotation_need_not_be_cvats(tmp_path, rotation):
+    args = draw(tmp_path, "coco")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["annotations"][0]["attributes"] = dict(rotation=rotation)
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    assert min(shares(Annotated(*args))) > 0.9
 
 
 def test_a_list_of_one_class_is_refused(tmp_path):

@@ -320,7 +320,7 @@ def test_turned_and_nearly_black_photos_are_counted_once_by_two_processes(tmp_pa
     said = (tmp_path / "log.txt").read_text()
     # an epoch of 40 leaves out one of the 41, another one each time
     assert len(re.findall("^[23] images turned upright, as their EXIF", said, re.M)) == 1
-    assert said.count("x-ray.png uses 12 of its 16 bits") == 1 and "by 16 and save" in said
+    assert said.count("x-ray.png' uses 12 of its 16 bits") == 1 and "by 16 and save" in said
 
 
 def as_another_user(_number, folder):

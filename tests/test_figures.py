@@ -111,6 +111,14 @@ def test_a_drawn_diagonal_is_seen(tmp_path):
     assert dark_red.sum() > 250 and dark_red.any(0).sum() > 250
 
 
+def test_a_grid_of_narrow_images_is_not_endless():
+    for heights, widths in (([1, 1], [0.01]), ([20] * 4, [1, 1])):
+        figure, axes = image_grid(heights, widths)
+        assert axes.shape == (len(heights), len(widths))
+        assert figure.get_size_inches().tolist() == pytest.approx([6.5, 19.5])
+    assert image_grid([1, 1], [1, 1])[0].get_size_inches()[1] == pytest.approx(6.5 + 0.6)
+
+
 def test_names_hide_no_other_and_stay_inside():
     """All boxes are drawn; each name that is drawn, as laid out in the end, is inside the image and
     clear of the others, and only those without a free corner are left out."""

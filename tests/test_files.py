@@ -216,7 +216,7 @@ def test_a_nearly_black_image_of_16_bits_is_pointed_out(tmp_path, bits, factor, 
     images[0]
     for _ in range(2):  # once
         images.report(said.append, "left out")
-    assert len(said) == 1 and f"x.{extension} uses {bits} of its 16 bits" in said[0]
+    assert len(said) == 1 and f"x.{extension}' uses {bits} of its 16 bits" in said[0]
     assert f"by {factor} and save" in said[0]
 
 

@@ -53,6 +53,12 @@ def test_the_papers_recipes(words, detector, iterations, drops, warmup, sizes):
     assert args.precise_bn == 200 and not args.keep_empty
 
 
+def test_retinanets_recipe_is_detectron2s():
+    """DUPR, Sec. 4.2.1, of its parameters other than the rate and batch norm."""
+    args = ft.parse_args("--dataset coco --data x --detector retinanet".split())
+    assert (args.lr, args.precise_bn, args.iterations) == (0.01, 0, 90000)
+
+
 def test_the_reports_recipe():
     args = ft.parse_args("--dataset coco --data x --optimizer adam".split())
     assert ft.iterations_and_drops(args, per_epoch=50) == (2000, [1000], 0.5)
@@ -327,15 +333,19 @@ def test_the_small_recipe(tmp_path):
                "128 --max-size 192 --anchor-size 16 --rois 64 --batch-size 8 --lr 0.04 --warmup 40 "
                "--iterations 1000 --precise-bn 0")
     args = ft.parse_args("--dataset voc --data D --small --classes cat dog".split())
-    ft.fit_iterations(args, 1000)
+    ft.fit_small(args, 1000)
     by_hand = ft.parse_args([*by_hand.split(), "--classes", "cat", "dog"])
     assert {**vars(by_hand), "small": True} == vars(args)
     for images, classes, iterations in ((100, 3, 300), (363, 6, 363), (363, 20, 1000),
                                         (3500, 20, 3000), (20000, 80, 3000), (100, 80, 3000)):
         args = ft.parse_args("--dataset coco --data D --small".split())
         args.classes = [f"class {i}" for i in range(classes)]
-        ft.fit_iterations(args, images)
-        assert args.iterations == iterations
+        ft.fit_small(args, images)
+        assert (args.iterations, args.batch_size) == (iterations, 8)
+    for images, batch_size in ((1, 1), (3, 2), (7, 4), (8, 8)):
+        args = ft.parse_args("--dataset voc --data D --small --classes cat".split())
+        ft.fit_small(args, images)
+        assert args.batch_size == batch_size
     assert vars(ft.parse_args(["--small"])) == {**vars(ft.parse_args([])), "small": True}
     adam = ft.parse_args("--dataset coco --data D --small --optimizer adam".split())
     assert (adam.lr, adam.warmup, adam.schedule) == (1e-4, 0, "1x")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from conftest import make_photos, refusal, start_processes
 from PIL import Image
+from test_data import make_voc
 
 from common import InputError, resnet_stages
 from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,
@@ -258,6 +259,14 @@ def test_bad_input_is_one_line(classes, tmp_path):
             (["--batch-size", "0"], "argument --batch-size: 0 is not at least 1")):
         with pytest.raises(SystemExit, match=message):
             main(["--train-scenes", "10", "--test-scenes", "2", "--out", str(tmp_path), *words])
+
+
+def test_one_class_in_each_image_is_nothing_to_tell_apart(tmp_path):
+    make_voc(tmp_path, [[("dog", 0, 1, 1, 80, 60)]] * 4, "train")
+    shutil.copy(tmp_path / "ImageSets/Main/train.txt", tmp_path / "ImageSets/Main/val.txt")
+    assert "each test image has each class: nothing to tell apart" in refusal(main, [
+        "--dataset", "voc", "--data", tmp_path, "--train-split", "train", "--test-split", "val",
+        "--out", tmp_path / "out"])
 
 
 def test_folders_of_classes_and_what_is_wrong_with_them(classes, tmp_path, capsys):

@@ -415,6 +415,12 @@ def test_fpn_and_box_head_are_loaded_too(tmp_path, capsys):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
     assert model.eval()([torch.rand(3, 64, 64)])[0]["boxes"].shape[1] == 4
 
+    soco = {f"online.{k.replace('roi_heads.box_head.', 'head.')}": v for k, v in parts.items()}
+    other = {k.replace("online.", "target."): v + 1 for k, v in soco.items()}
+    save_checkpoint(path, dict(model={**other, **soco}, method="soco"))  # of a stopped run
+    model = build_detector("resnet18", 3, **SMALL, weights=path)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in parts.items())
+
     both = {f"{copy}.{k}": v + torch.tensor(copy == "ema_model", dtype=v.dtype)  # the average first
             for copy in ("ema_model", "model") for k, v in parts.items()}
     save_checkpoint(path, both)

@@ -445,6 +445,22 @@ def test_folders_that_do_not_serve(tmp_path):
         main, ["--batch-size", 21, "--out", tmp_path / "o"])
 
 
+def test_a_run_does_not_go_on_with_other_images(tmp_path):
+    """Its steps, and the images in each, follow from their number and order."""
+    make_photos(tmp_path / "data", 9, size=(8, 6))
+    words = ["--data", tmp_path / "data", "--out", tmp_path / "run"]
+    main(words)
+    (tmp_path / "data" / "0003.jpg").rename(tmp_path / "data" / "x.jpg")
+    assert "other arguments or images: 9 images (now others); give" in refusal(main, words)
+    (tmp_path / "data" / "x.jpg").unlink()
+    assert "images: 9 images (now 8); give" in refusal(main, words)
+    make_photos(tmp_path / "data", 9, size=(8, 6))
+    main(words)
+    (tmp_path / "data" / "0003.jpg").unlink()
+    main([*words, "--fresh"])
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["fingerprint"][0] == 8
+
+
 def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
     make_photos(tmp_path / "data", 120, size=(8, 6))
     (tmp_path / "data" / "0007.jpg").write_bytes(b"\xff\xd8 no more")

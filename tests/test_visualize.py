@@ -338,6 +338,23 @@ def test_a_broken_image_is_left_out_and_named(files, tmp_path, capsys):
         figure(files, tmp_path, "retrieval", *words)
 
 
+def test_another_image_stands_in_for_a_broken_one(files, tmp_path):
+    make_photos(tmp_path / "photos", 4)
+    (tmp_path / "photos" / "0001.jpg").write_bytes(b"no jpeg")
+    for seed in range(4):
+        (row,) = figure(files, tmp_path, "attention", "--arch", "resnet18", "--images", 1,
+                        "--data", tmp_path / "photos", "--seed", seed)
+        assert row["image"] == "0"
+
+
+def test_an_image_of_one_line(files, tmp_path):
+    make_photos(tmp_path / "photos", 2)
+    make_photos(tmp_path / "photos" / "wide", 1, size=(300, 2))
+    (row,) = figure(files, tmp_path, "retrieval", "--arch", "resnet18", "--data",
+                    tmp_path / "photos")
+    assert row["images"] == "3"
+
+
 def test_a_swin_shows_no_attention(files, tmp_path):
     rows = figure(files, tmp_path, "attention", "--arch", "swin_t", "--rows", 1)
     assert float(rows[0]["share_above_half"]) == 0  # its layer norm leaves a mean of 0 everywhere

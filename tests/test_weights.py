@@ -123,6 +123,12 @@ FILES = {
         "backbone.fpn_lateral2.norm.weight": torch.zeros(8),
         **under("backbone.bottom_up.", as_detectron2(q)),
         "roi_heads.mask_head.deconv.conv1.weight": torch.zeros(8)})),
+    "detectron2, C4 detector": ("backbone.", lambda q, k: dict(model={
+        name.replace("backbone.res5.", "roi_heads.res5."): tensor
+        for name, tensor in under("backbone.", as_detectron2(q)).items()})),
+    "our C4 detector": ("backbone.", lambda q, k: dict(method="finetune_fasterrcnn", model={
+        name.replace("backbone.layer4.", "roi_heads.box_head.layer4."): tensor
+        for name, tensor in under("backbone.", without_fc(q)).items()})),
     "lightly": ("backbone.", lambda q, k: dict(epoch=1, state_dict={
         **under("backbone.", as_children(q)), **under("backbone_momentum.", as_children(k)),
         "projection_head.layers.0.weight": torch.zeros(8)})),
@@ -382,7 +388,7 @@ def test_what_is_no_file_of_tensors_comes_without_advice(tmp_path, recwarn):
         path.write_bytes(content)
         assert refused(path) == (
             "holds no tensors that can be read: it is empty, cut off or of another kind")
-    with pytest.raises(InputError, match=f"^no such file: {tmp_path}$"):
+    with pytest.raises(InputError, match=f"^no such file: {tmp_path} is a folder"):
         load_checkpoint(tmp_path)
     assert not recwarn.list
 
