@@ -35,7 +35,7 @@ def load_checkpoint(path):
     """
     if not os.path.isfile(path):
         raise InputError(f"no such file: {path}" + (
-            " is a folder; name a file in it, such as backbone.pt" if os.path.isdir(path) else ""))
+            " (a folder: name a file in it, such as backbone.pt)" if os.path.isdir(path) else ""))
     with open(path, "rb") as file:
         start = file.read(4)
     if start[:1] == b"\x80" and start != b"\x80\x02\x8a\n":  # detectron2's .pkl; not torch's

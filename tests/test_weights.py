@@ -388,7 +388,7 @@ def test_what_is_no_file_of_tensors_comes_without_advice(tmp_path, recwarn):
         path.write_bytes(content)
         assert refused(path) == (
             "holds no tensors that can be read: it is empty, cut off or of another kind")
-    with pytest.raises(InputError, match=f"^no such file: {tmp_path} is a folder"):
+    with pytest.raises(InputError, match=f"^no such file: {tmp_path} .a folder"):
         load_checkpoint(tmp_path)
     assert not recwarn.list
 
