@@ -243,7 +243,8 @@ class ImageFiles(Dataset):
 
 def list_images(root):
     """The paths of all images below a folder, in any layout, sorted; links are followed, to each
-    folder once -> the paths; a Counter of the files left out, by extension or "hidden"."""
+    folder once -> the paths; a Counter of the files left out, by extension, "hidden", or "of a run",
+    whose figures are no photos."""
     root, paths, seen, left_out = os.fspath(root), [], set(), Counter()
 
     def unreadable(_error):
@@ -258,12 +259,14 @@ def list_images(root):
             continue
         seen.add(key)
         subfolders.sort()
+        run = {"args.json", "log.csv"} <= {*files}
+        copies = copies or run
         for file in files:
             hidden, extension = copies or file.startswith("."), os.path.splitext(file)[1].lower()
             if extension in EXTENSIONS and not hidden:
                 paths.append(os.path.join(folder, file))
             elif extension in EXTENSIONS:
-                left_out["hidden"] += 1
+                left_out["of a run" if run else "hidden"] += 1
             elif not copies and (extension or not hidden):  # but a placeholder, .a.jpg.icloud
                 left_out[extension or "without extension"] += 1
     return sorted(paths), left_out

@@ -461,6 +461,18 @@ def test_a_run_does_not_go_on_with_other_images(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pt")["fingerprint"][0] == 8
 
 
+def test_a_run_within_the_folder_of_its_images(tmp_path, capsys):
+    make_photos(tmp_path, 9, size=(8, 6))
+    words = ["--data", tmp_path, "--out", tmp_path / "runs" / "toy"]
+    main(words)
+    assert (tmp_path / "runs" / "toy" / "curves.png").exists()
+    capsys.readouterr()
+    main(words)  # curves.png is no image to train on
+    said = capsys.readouterr().out
+    assert "9 images; left out: 1 of a run\n" in said
+    assert "finished, all 4 steps are done" in said
+
+
 def test_broken_images_are_named_once_and_counted(tmp_path, capsys):
     make_photos(tmp_path / "data", 120, size=(8, 6))
     (tmp_path / "data" / "0007.jpg").write_bytes(b"\xff\xd8 no more")
