@@ -243,8 +243,8 @@ class ImageFiles(Dataset):
 
 def list_images(root):
     """The paths of all images below a folder, in any layout, sorted; links are followed, to each
-    folder once -> the paths; a Counter of the files left out, by extension, "hidden", or "of a run",
-    whose figures are no photos."""
+    folder once -> the paths; a Counter of the files left out, by extension, as "hidden", or as "of
+    a run", whose figures are no photos."""
     root, paths, seen, left_out = os.fspath(root), [], set(), Counter()
 
     def unreadable(_error):
