@@ -193,7 +193,7 @@ def measure(model, dataset, args, device, run):
         run.say("warning: an AP below 0.5 tells nothing apart: more --iterations, or a larger "
                 "--min-size and --max-size, usually help")
     if rank() == 0:
-        from plumbing.figures import draw_detections
+        from plumbing.drawing import draw_detections
         items = [dataset[i] for i in range(min(4, len(dataset)))]
         found = Unpacked(detect(model, [image for image, _ in items], device))
         figure = draw_detections(items, {"found": found}, dataset.classes)

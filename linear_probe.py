@@ -33,7 +33,7 @@ from torchvision.transforms.v2.functional import center_crop, normalize, resize
 from common import InputError, all_reduce_sum, rank, world_size
 from detection.data import LabelledScenes
 from detection.formats import TEST_SPLITS, TRAIN_SPLITS, read_splits
-from plumbing.figures import PAGE
+from plumbing.drawing import PAGE
 from plumbing.files import COPIES, ImageFiles, ImageFolder
 from plumbing.flags import Parser, add_backbone_arguments, real, whole
 from plumbing.images import leave_signals_to_trainer, seed_for

@@ -1,1 +1,1 @@
-"""What no paper claims: files, images, runs, figures, weights."""
+"""What no paper claims: files, images, runs, drawing, weights."""

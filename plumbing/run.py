@@ -413,7 +413,7 @@ class Run:
         """Draw how the dimensions of two batches of embeddings (N, D) of all processes correlate,
         into correlation.png."""
         if rank() == 0:
-            from plumbing.figures import draw_correlation
+            from plumbing.drawing import draw_correlation
             draw_correlation(z1, z2, self.out / "correlation.png")
 
     def _log(self):
@@ -463,6 +463,6 @@ class Run:
                 method=self.method, args=self.args, fingerprint=self.fingerprint,
                 step=self.step))
             if last or time.monotonic() - self.drawn > 60:
-                from plumbing.figures import draw_curves, read_log
+                from plumbing.drawing import draw_curves, read_log
                 draw_curves({"": read_log(self.table)}, self.out / "curves.png")
                 self.drawn = time.monotonic()

@@ -18,7 +18,7 @@ from detection.data import Annotated, LabelledScenes, training_item
 from detection.instance_heads import crop_masks
 from detection.masks import Unpacked
 from detection.models import build_detector, detect
-from plumbing.figures import read_log
+from plumbing.drawing import read_log
 from plumbing.images import seed_for
 from plumbing.run import distribute
 from plumbing.weights import save_checkpoint

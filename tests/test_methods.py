@@ -796,8 +796,8 @@ def imports(path):
     return [(name.split(".")[0], within) for name, within in of(ast.parse(path.read_text()), False)]
 
 
-FILES = [str(path.relative_to(ROOT)) for folder in (ROOT, ROOT / "plumbing", ROOT / "detection")
-         for path in sorted(folder.glob("*.py"))]
+FILES = [str(path.relative_to(ROOT)) for folder in (".", "plumbing", "detection", "figures")
+         for path in sorted((ROOT / folder).glob("*.py"))]
 METHOD, FOLDERS = {"common", "plumbing"}, {"common", "plumbing", "detection"}
 MAY_IMPORT = {  # at the top of the file; in functions
     "common.py": (set(), set()), "scenes.py": (set(), set()),
@@ -806,7 +806,8 @@ MAY_IMPORT = {  # at the top of the file; in functions
     **{f"{name}.py": (METHOD, set()) for name in METHODS},
     "soco.py": ({*METHOD, "selective_search"}, set()),
     "finetune_fasterrcnn.py": (FOLDERS, {"scenes"}), "linear_probe.py": (FOLDERS, {"scenes"}),
-    "visualize.py": ({*FOLDERS, "selective_search"}, {"scenes", *METHODS})}
+    "figures": ({*FOLDERS, "figures", "selective_search"}, {*METHODS}),
+    "visualize.py": ({*FOLDERS, "figures"}, set())}
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -29,7 +29,7 @@ import moco_v2
 from common import InputError, Queue, cosine_schedule
 from plumbing import run as plumbing
 from plumbing.batch_norm import SyncBatchNorm
-from plumbing.figures import read_log
+from plumbing.drawing import read_log
 from plumbing.flags import Parser, add_run_arguments, fit_recipe, real, whole
 from plumbing.images import open_images, seed_for
 from plumbing.run import Run, check_queue, distribute, gather_objects, launch, mixed_precision

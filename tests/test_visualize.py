@@ -14,15 +14,17 @@ from PIL import Image
 
 import detco
 import dupr
-import visualize
 from common import View, resnet_stages
 from detection.models import build_detector
+from figures import backbones, of_detco
+from figures.of_detco import attention_map, neighbours, pair_similarity, pooled
+from figures.of_dupr import boxes_of_iou, correspond, counterpart
+from figures.of_methods import METHODS, views_of
 from finetune_fasterrcnn import main as fine_tune
-from plumbing.figures import mark_places
+from plumbing.drawing import mark_places
 from plumbing.images import two_views
 from plumbing.weights import save_checkpoint, save_tensors
-from visualize import (METHODS, attention_map, boxes_of_iou, correspond, counterpart, main,
-                       neighbours, pair_similarity, pooled, views_of)
+from visualize import main
 
 
 def iou(a, b):
@@ -290,7 +292,7 @@ SMALL = {"attention": 2, "retrieval": 8, "similarity": 33, "iou-similarity": 2, 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_figures_of_scenes_and_random_weights(files, tmp_path, name, capsys, monkeypatch):
-    monkeypatch.setattr(visualize, "FEWEST_BATCHES", 1)
+    monkeypatch.setattr(of_detco, "FEWEST_BATCHES", 1)
     rows = figure(files, tmp_path, name, "--images", SMALL[name], "--rows", 2,
                   "--weights", "none", files / "backbone.pt", "--labels", "one", "other")
     text = capsys.readouterr().out
@@ -375,15 +377,15 @@ def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
     box = torch.tensor([[16.0, 32.0, 48.0, 56.0]])
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     image[:, 32:56, 16:48] = 255
-    monkeypatch.setattr(visualize, "pictures", lambda args: iter([(image, dict(boxes=box))]))
-    monkeypatch.setattr(visualize, "load_backbones", lambda *_: [("random", Bright(), {})])
+    monkeypatch.setattr(backbones, "pictures", lambda args: iter([(image, dict(boxes=box))]))
+    monkeypatch.setattr(backbones, "load_backbones", lambda *_: [("random", Bright(), {})])
     (row,) = figure(files, tmp_path, "attention")
     assert float(row["mean_in_boxes"]) > 0.95 and float(row["elsewhere"]) < 0.03
     assert float(row["share_above_half"]) == pytest.approx(32 * 24 / 64 ** 2, abs=0.02)
 
 
 def test_similarity_of_detcos_heads(files, tmp_path, monkeypatch):
-    monkeypatch.setattr(visualize, "FEWEST_BATCHES", 1)
+    monkeypatch.setattr(of_detco, "FEWEST_BATCHES", 1)
     recipe = detco.parse_args(["--dim", "8", "--queue-size", "16"])
     torch.manual_seed(0)
     model = detco.DetCo("resnet18", 8, 16, weights=recipe.weights)

@@ -7,7 +7,7 @@ import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
-from plumbing.figures import (draw_correlation, draw_curves, draw_detections, image_grid, outline,
+from plumbing.drawing import (draw_correlation, draw_curves, draw_detections, image_grid, outline,
                               read_log, show)
 
 

@@ -1,5 +1,5 @@
 """How the commands draw: the curves of runs, the correlation of embeddings, detections, and
-visualize.py's images in a grid, with what lies over them.
+images in a grid, with what lies over them.
 
 Figures are as wide as a page's text, with letters that can still be read at half that width, in a
 column.  Importing this file takes half a second, for matplotlib.
