@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import DETECTOR, column, refusal, start_processes
+from layouts import OBJECT, XML, add_keypoints, add_masks, make_coco, make_voc
 from PIL import Image
 from test_average_precision import NAMES
-from test_data import OBJECT, XML, add_keypoints, add_masks, make_coco, make_voc
 
 import finetune_fasterrcnn as ft
 from common import InputError, rank, world_size
@@ -22,6 +22,7 @@ from plumbing.drawing import read_log
 from plumbing.images import seed_for
 from plumbing.run import distribute
 from plumbing.weights import save_checkpoint
+
 
 def test_step_schedule():
     assert ft.step_schedule(0, 100, [10, 20]) == pytest.approx(1 / 1000)

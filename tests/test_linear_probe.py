@@ -9,8 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import make_photos, refusal, start_processes
+from layouts import make_voc
 from PIL import Image
-from test_data import make_voc
 
 from common import InputError, resnet_stages
 from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,

@@ -90,6 +90,7 @@ def test_pixels_are_those_whose_middle_is_inside():
 
 # ---- against pycocotools ----
 
+
 def random_polygons(rng, height, width):
     """Up to three polygons of one kind: whole and half coordinates, any, also outside the image,
     stars, and what meets the rounding: equal points, borders, fifths and tenths of a pixel."""
