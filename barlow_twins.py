@@ -34,14 +34,13 @@ Commands
 from argparse import BooleanOptionalAction
 from functools import partial
 
-import numpy as np
 import torch
 from torch import nn
 
-from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
-                    cosine_schedule, mlp, world_size)
+from common import LARS, all_reduce_sum, backbone_stages, cosine_schedule, mlp, world_size
 from plumbing.flags import (Parser, add_data_arguments, add_normalisation_arguments,
-                            add_run_arguments, fit_recipe, parse_recipe, real, whole)
+                            add_run_arguments, fit_recipe, interpolate_rate, parse_recipe, real,
+                            whole)
 from plumbing.images import (Photos, augment_colour, measure_normalisation, open_images,
                              two_views)
 from plumbing.run import Run, distribute, launch, mixed_precision
@@ -109,24 +108,19 @@ def train(args, device):
     fit_recipe(args, len(images))
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
-    if args.batch_size < 2:
-        raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     model = BarlowTwins(args.arch, args.dim, args.lambd, args.zero_init_residual)
     model, ddp = distribute(model, device, sync_batch_norm=True)
-    by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
-                              [*LEARNING_RATES.values()])  # constant beyond both ends
-    lr = float(by_batch_size) if args.lr is None else args.lr
+    rate = interpolate_rate(LEARNING_RATES, args.batch_size) if args.lr is None else args.lr
     weights = [p for p in model.parameters() if p.ndim > 1]
     # Differs: biases keep 0.0048 at every batch size; where the authors advise another rate for the
     # weights, that of biases is 0.024 of it (0.0096 at batch size 256)
     biases = [p for p in model.parameters() if p.ndim == 1]
-    optimizer = LARS([dict(params=weights, lr=lr * args.batch_size / 256),
+    optimizer = LARS([dict(params=weights, lr=rate * args.batch_size / 256),
                       dict(params=biases, lr=args.lr_biases * args.batch_size / 256)],
                      lr=0.0, weight_decay=args.weight_decay)
     run = Run(args, "barlow_twins", images, model=model, optimizer=optimizer)
-    origin = "for this batch size" if args.lr is None else "as asked"
-    run.say(f"lr {lr:.3g} per 256 images, {origin}: {lr * args.batch_size / 256:.3g} for "
+    run.say(f"lr {rate:.3g} per 256 images: {rate * args.batch_size / 256:.3g} for "
             f"{args.batch_size}")
     # Differs: bfloat16 on GPUs, float16 in the authors' code; the loss is float32
     mixed = mixed_precision(args, device, args.image_size)
@@ -156,12 +150,7 @@ def train(args, device):
         optimizer.step()
         run.end_step(loss, lr, **parts)
 
-    # how the dimensions correlate in a batch of an epoch that is never trained on
-    _, view1, view2 = next(batches(range(run.steps, run.steps + 1)))
-    model.eval()
-    with torch.no_grad(), mixed:
-        z1, z2 = (all_gather(model.embed(view).float()) for view in (view1, view2))
-    run.draw_correlation(z1, z2)
+    run.draw_correlation(model, batches, mixed)
     run.finish(model.stages, "the pre-trained backbone, correlation.png shows C")
 
 
@@ -177,7 +166,7 @@ def parse_args(argv=None):
         "start as the identity (the authors' code); not in the small recipe")
     # Differs: 150 epochs and crops of at least 40%, as in the report; the paper's are 1000 and 8%
     add("--epochs", type=whole(1), default=150, help="passes over the images (the report, Sec. 2)")
-    add("--batch-size", type=whole(1), default=2048, help="total over all processes (Sec. 2.2)")
+    add("--batch-size", type=whole(2), default=2048, help="total over all processes (Sec. 2.2)")
     add("--lr", type=real(0), help="of weights, per 256 images (Sec. 2.2; default: by batch size, "
         "0.2 for 2048 to 0.7 for 128)")
     add("--lr-biases", type=real(0), default=0.0048, help="of biases and batch norm, per "
@@ -186,7 +175,7 @@ def parse_args(argv=None):
     add("--weight-decay", type=real(0), default=1e-6, help="of weights (the authors' code)")
     add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr (Sec. 2.2)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels (Sec. 2.2)")
-    add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
+    add("--crop-scale", type=real(1e-3, 1), default=0.4, help="smallest crop's share of the area")
     add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P",
         help="chance of a blur in each view")
     add_normalisation_arguments(add)

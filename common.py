@@ -159,7 +159,7 @@ def batch_norm_groups(groups, batch_size):
     or images cannot be shared out equally."""
     if groups % world_size():
         raise InputError(f"{groups} batch norm groups cannot be split evenly over "
-                         f"{world_size()} processes")
+                         f"{world_size()} processes: give --bn-groups a multiple of that")
     if batch_size % groups:
         raise InputError(f"batch size {batch_size} does not divide into {groups} batch norm groups")
     return groups // world_size()
@@ -426,7 +426,8 @@ class LARS(torch.optim.SGD):
     trust coefficient.
 
     Where w or u is 0 the factor is 1.  Parameters of one dimension (biases, normalisation) take
-    SGD's step, without decay.  Overwrites the gradients.
+    SGD's step, without decay.  weight_decay holds for all groups; a group's own would be SGD's,
+    outside the factor.  Overwrites the gradients.
     """
 
     def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=0.001):
@@ -434,8 +435,10 @@ class LARS(torch.optim.SGD):
         self.decay, self.trust = weight_decay, trust
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         """One step, as of torch's SGD: the learning rate stands outside the momentum."""
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         weights = [p for group in self.param_groups for p in group["params"]
                    if p.ndim > 1 and p.grad is not None]
         # Differs: |u| as in Barlow Twins', VICReg's and SoCo's code; Algorithm 1 of You et al. has
@@ -447,3 +450,7 @@ class LARS(torch.optim.SGD):
         factors = torch.where((norms > 0).all(0), self.trust * norms[0] / norms[1], 1)
         torch._foreach_mul_(us, factors.unbind())
         super().step()
+        return loss
+
+
+OPTIMIZERS = {"sgd": torch.optim.SGD, "lars": LARS}  # of --optimizer

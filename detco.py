@@ -27,7 +27,7 @@ Equations
     Section 3.3, the local view                                   local_view, cut_patches
     Algorithm 1 (Eq. 3 alone)                                     DetCo.forward, the loop of train
 
-Commands (for a table add --epochs 100 and an --out; 15 (a) is moco_v2.py with --lr 0.06)
+Commands (for Tables 15 and 16 add --epochs 100, and an --out; 15 (a) is moco_v2.py --lr 0.06)
     python detco.py                                      built-in scenes, minutes on a CPU
     torchrun --nproc_per_node=8 detco.py --data DIR      eight GPUs, the paper's recipe
     torchrun detco.py --data DIR --rand-augment                            DetCo+AA
@@ -47,7 +47,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (LARS, Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
+from common import (OPTIMIZERS, Queue, SplitBatchNorm, View, batch_norm_groups, contrast_statistics,
                     cosine_schedule, encode_shuffled, info_nce, mlp, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
@@ -135,7 +135,7 @@ def level_losses(q_g, k_g, negatives_g, tau, q_l=None, k_l=None, negatives_l=Non
 class DetCo(nn.Module):
     """Eq. (1); without patches Eq. (3), which is Algorithm 1 up to the loss.
 
-    ``bn_groups``: batch norm's parts of one process's batch.  A level of weight 0 has no head and
+    ``bn_groups``: batch norm groups in one process's batch.  A level of weight 0 has no head and
     no queue; a stage that only it would need is not computed and stays as it was initialised.
     """
 
@@ -196,9 +196,9 @@ def train(args, device):
                   [w / divisor for w in args.weights], not args.no_local, args.share_queue)
     model, ddp = distribute(model, device)
     # Differs: LARS in the small recipe, as in moco_v2.py
-    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
-                                momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
+        weight_decay=args.weight_decay)
     run = Run(args, "detco", images, model=model, optimizer=optimizer)
     # Differs: bfloat16 on GPUs; the paper's mixed precision is Apex's (Sec. 6.5)
     side = args.image_size if args.no_local else min(args.image_size, args.patch_size)
@@ -222,7 +222,7 @@ def train(args, device):
     def encode(_view_q, view_k, _patches_q=None, patches_k=None):
         return model.encode_keys(view_k, patches_k)
 
-    if not args.random_queue:  # Differs: as in moco_v2.py
+    if not args.random_queue:  # Paper silent: as in moco_v2.py
         run.fill_queues(model.queues, batches, encode, mixed)
 
     for step, *views in batches():
@@ -248,7 +248,7 @@ def parse_args(argv=None):
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.3)")
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 6.5)")
-    add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
+    add("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="default: sgd (MoCo, Sec. 4), "
         "in the small recipe lars, with --lr 4 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--weights", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
@@ -259,16 +259,16 @@ def parse_args(argv=None):
     add("--rand-augment", action="store_true", help="RandAugment before the colours "
         "(DetCo+AA, Sec. 3.3)")
     add("--image-size", type=whole(8), default=224, help="side of a global view in pixels")
-    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of the image in it")
+    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="smallest crop's share of the area")
     add("--local-size", type=whole(24), default=255, help="side of a local view, 3 x 3 cells")
-    add("--local-scale", type=real(1e-3, 1), default=0.6, help="least share of the image in it")
+    add("--local-scale", type=real(1e-3, 1), default=0.6, help="smallest crop's share of the area")
     add("--patch-size", type=whole(8), default=64, help="side of a patch, cut from a cell")
     add("--p-blur", type=real(0, 1), default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
     add("--dim", type=whole(1), default=128, help="D (Sec. 6.5)")
     add("--queue-size", type=whole(1), default=65536, help="K, the number of negatives (MoCo v2)")
     add("--momentum", type=real(0, 1), default=0.999, help="m of encoder_k (MoCo, Sec. 3.2)")
     add("--tau", type=real(1e-3), default=0.2, help="temperature (MoCo v2, Sec. 3)")
-    add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
+    add("--bn-groups", type=whole(1), default=8, help="batch norm groups in the total batch")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
     add_run_arguments(parser, out="runs/detco")
     args = parse_recipe(

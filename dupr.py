@@ -1,10 +1,10 @@
 """DUPR: Deeply Unsupervised Patch Re-Identification for Pre-training Object Detectors (Ding et al.,
 TPAMI 2022, arXiv 2103.04814).
 
-It keeps MoCo v2's contrast of whole images, here at every stage of the backbone, and adds one of
-places at the last two: where two crops of an image overlap, each position of a feature map must be
-matched with the same place in the other crop, among positions of other images.  So features learn
-where things are.
+It contrasts whole images as MoCo v2 does, but at every stage of the backbone, and at the last two
+it contrasts places as well: where two crops of an image overlap, each position of a feature map
+must match the same place in the other crop, against positions of other images.  So the features
+learn where things are.
 
 Read first: moco_v2.py.  New here: four levels instead of one, the overlap of the two crops and its
 way through crop, flip and RoI Align, and the queues of patches.
@@ -19,7 +19,7 @@ Symbols
     v, r       q_i, k_i                 (B, D), (B, S*S, D)   a level's images; its positions
     K          queues                   6 x (K, D)      image levels first, then patch levels
     alpha, beta  alpha, beta            4               weights of Res2, Res3, Res4, Res5
-    m, tau     m, tau                                   momentum of encoder_k; temperature
+    m, tau     i, tau                                   level (m in the code is MoCo's); temperature
 
 Equations
     (1)  InfoNCE                                                  common.info_nce
@@ -46,12 +46,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import MLP, roi_align
+from torchvision.ops import roi_align
 from torchvision.transforms import RandAugment
 
-from common import (LARS, InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups,
+from common import (OPTIMIZERS, InputError, Queue, SplitBatchNorm, all_gather, batch_norm_groups,
                     box_into_view, contrast_statistics, cosine_schedule, encode_shuffled, info_nce,
-                    momentum_update, rank, resnet_stages, world_size)
+                    mlp, momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
 from plumbing.images import Photos, augment_colour, open_images, two_views
@@ -63,8 +63,8 @@ class ColourAugment(RandAugment):
 
     # Differs: no geometric operations, which would move what R_1 and R_2 record.
     # Paper silent: its strength and place.  These are torchvision's 2 operations at 9 of 30, before
-    # the colours of MoCo v2; InfoMin's code, which Sec. 3.2.3 follows, has the full range with
-    # p 0.5, after them.
+    # the colours of MoCo v2; InfoMin's code, which Sec. 3.2.3 follows, has 2 at 10 of 10, each with
+    # p 0.5, after jitter and blur and before grey.
     def _augmentation_space(self, *args):
         space = super()._augmentation_space(*args)
         return {name: range_ for name, range_ in space.items()
@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         self.stages = resnet_stages(arch, norm, depth=max(image_levels + patch_levels) + 1)
         # Paper silent: the hidden layers of all heads are as wide as Res5 (2048 for ResNet-50)
         channels, hidden = self.stages.channels, self.stages.channels[-1]
-        self.image_heads = nn.ModuleList(MLP(channels[i], [hidden, dim]) for i in image_levels)
+        self.image_heads = nn.ModuleList(mlp(channels[i], [hidden, dim]) for i in image_levels)
         self.patch_heads = nn.ModuleList(patch_head(channels[i], hidden, dim)
                                          for i in patch_levels)
 
@@ -184,7 +184,7 @@ def choose_keys(k, valid, patch_keys):
 
 
 class DUPR(nn.Module):
-    """Eq. (2).  ``bn_groups``: batch norm's parts of one process's batch; ``patch_keys``: how many
+    """Eq. (2).  ``bn_groups``: batch norm groups in one process's batch; ``patch_keys``: how many
     all processes push per step.
 
     A level of weight 0 has no head and no queue; a stage that only it would need is not computed
@@ -207,14 +207,15 @@ class DUPR(nn.Module):
         self.queues = nn.ModuleList(Queue(queue_size, dim) for _ in self.losses)
 
     def encode_keys(self, view_k, place_k, valid, patch_keys):
-        """The keys of a batch to push into each of ``queues``, and all of them."""
+        """A list with the keys to push into each of ``queues``, and one with all of the batch's."""
         k = encode_shuffled(self.encoder_k, view_k.pixels, *place_k)  # without gradient
         return choose_keys(k, all_gather(valid), patch_keys), k
 
     def forward(self, view_q, view_k):
-        """Two batches of views, their pixels (B, 3, H, H) normalised -> loss, the keys to push
-        after the update, what to log (accuracy, similarities and deviation of the deepest level of
-        each kind, of patches about one position of each image)."""
+        """Two batches of Views: pixels (B, 3, H, H), normalised, on the device; box (B, 4) and
+        flipped (B,) on the CPU -> loss, the keys to push after the update, what to log (accuracy,
+        similarities and deviation of the deepest level of each kind, of patches about one position
+        of each image)."""
         place_q, place_k, valid = overlap(view_q, view_k)
         q = self.encoder_q(view_q.pixels, *place_q)
         keys, k = self.encode_keys(view_k, place_k, valid, self.patch_keys)
@@ -256,9 +257,9 @@ def train(args, device):
                  args.beta, args.roi_size, args.patch_keys)
     model, ddp = distribute(model, device)
     # Differs: LARS in the small recipe, as in moco_v2.py
-    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
-                                momentum=0.9, weight_decay=args.weight_decay)
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
+        weight_decay=args.weight_decay)
     run = Run(args, "dupr", images, model=model, optimizer=optimizer)
     mixed = mixed_precision(args, device, args.image_size)  # Differs: as in moco_v2.py
     # Deterministic convolutions are slower, and of no use where RoI Align is not (see align)
@@ -277,7 +278,7 @@ def train(args, device):
         _, place_k, valid = overlap(view_q, view_k)
         return model.encode_keys(view_k, place_k, valid, args.batch_size)[0]
 
-    if not args.random_queue:  # Differs: as in moco_v2.py
+    if not args.random_queue:  # Paper silent: as in moco_v2.py
         run.fill_queues(model.queues, batches, encode, mixed)
 
     for step, view_q, view_k in batches():
@@ -303,7 +304,7 @@ def parse_args(argv=None):
     add("--epochs", type=whole(1), default=200, help="passes over the images (Sec. 3.2.3)")
     add("--batch-size", type=whole(1), default=256, help="total over all processes (Sec. 3.2.3)")
     add("--lr", type=real(0), default=0.06, help="per 256 images of the batch (Sec. 3.2.3)")
-    add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
+    add("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="default: sgd (MoCo, Sec. 4), "
         "in the small recipe lars, with --lr 2 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--alpha", type=real(0), nargs=4, default=[0.1, 0.4, 0.7, 1.0], metavar="W",
@@ -315,14 +316,14 @@ def parse_args(argv=None):
     add("--patch-keys", type=whole(1), default=32, help="pushed per step and level (Sec. 3.2.3)")
     add("--rand-augment", action="store_true", help="views and tau of the main experiments")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels")
-    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of an image in a view")
+    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="smallest crop's share of the area")
     add("--p-blur", type=real(0, 1), default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
     add("--dim", type=whole(1), default=128, help="D")
     add("--queue-size", type=whole(1), default=65536, help="K, number of negatives (Sec. 3.2.3)")
     add("--momentum", type=real(0, 1), default=0.999, help="m of encoder_k (MoCo, Sec. 3.2)")
     add("--tau", type=real(1e-3), default=0.2,
         help="temperature (default 0.2; with --rand-augment 0.15; Sec. 3.2.3)")
-    add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
+    add("--bn-groups", type=whole(1), default=8, help="batch norm groups in the total batch")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
     add_run_arguments(parser, out="runs/dupr")
     # Differs: views and tau are those of the ablations, unless --rand-augment asks for the main

@@ -1,9 +1,9 @@
 """How good frozen features are, stage by stage: a linear classifier on each of Res2..Res5.
 
 DetCo's Tables 2 and 8 and DUPR's Table VI (b).  The backbone does not train: an image's features
-are the mean of a stage over its positions, computed once.  Detectors read all four stages, while a
-loss at Res5 alone teaches the shallow ones little.  Random weights (none) have the batch norm
-statistics of 32 training images.  Read first: a method, for the --weights.
+are the mean of a stage over its positions, computed once.  A detector with an FPN reads all four
+stages, while a loss at Res5 alone teaches the shallow ones little.  Random weights (none) have the
+batch norm statistics of 32 training images.  Read first: a method, for the --weights.
 
 Data sets
     scenes, voc, coco   which classes are in an image?  One linear SVM per class (fit_svm,
@@ -61,10 +61,10 @@ class Labelled(Dataset):
         return center_crop(image, [size, size]), i, number == i
 
 
-def presence(objects, number):
-    """Targets (n, number) of n images: 1 where a class is present, 0 where all its objects are
+def presence(objects, num_classes):
+    """Targets (n, num_classes) of n images: 1 where a class is present, 0 where all its objects are
     ignored (VOC's `difficult`, COCO's crowds), else -1.  objects: lists of (class, ignored)."""
-    targets = torch.full((len(objects), number), -1.0)
+    targets = torch.full((len(objects), num_classes), -1.0)
     for row, found in zip(targets, objects):
         for label, ignored in found:
             row[label] = max(row[label].item(), 0.0 if ignored else 1.0)
@@ -193,9 +193,11 @@ def svm_scores(train, test, classes, args):
     def precisions(w, b, x, y):
         return [average_precision(s, t) for s, t in zip((x @ w.T + b).T.cpu(), y.T.cpu())]
 
-    # Features of unit length, as in Goyal et al.'s code (DUPR, 4.5.1).  Differs: there three folds
-    # choose each class's cost, and positives weigh twice; here each class takes the cost that does
-    # best on a fifth of the training images, held out, and is fitted again on all of them
+    # Features of unit length, as in Goyal et al.'s code, whose settings DUPR takes (4.5.1).
+    # Differs: there three folds choose each class's cost, of at most 0.1, positives weigh twice,
+    # the bias is penalised, and an image of `difficult` objects alone is a negative.  Here each
+    # class takes the cost that does best on a fifth of the training images, held out, and is fitted
+    # again on all of them.
     (x, y), (x_test, y_test) = ((F.normalize(x.double(), dim=1), y) for x, y in (train, test))
     order = torch.from_numpy(np.random.default_rng(args.seed).permutation(len(x))).to(x.device)
     held_out, rest = order[:len(x) // 5], order[len(x) // 5:]
@@ -216,9 +218,9 @@ def softmax_scores(train, test, classes, args):
 
     train, test: this process's features (n, D) and numbers (n,) of their classes.
     """
-    # Differs: MoCo's recipe (Sec. 4.1) crops at random in every epoch; here features are computed
-    # once, of the centre of the image, and divided by their mean length, so that the learning rate
-    # means the same at every level
+    # Differs: MoCo's code (main_lincls.py) crops and flips at random in every epoch; here features
+    # are computed once, of the centre of the image, and divided by their mean length, so that the
+    # learning rate means the same at every level
     (x, y), (x_test, y_test) = train, test
     total, length = all_reduce_sum(torch.stack([x.new_tensor(len(x)), x.norm(dim=1).sum()]))
     x, x_test = x / (length / total), x_test / (length / total)
@@ -228,6 +230,7 @@ def softmax_scores(train, test, classes, args):
     nn.init.zeros_(layer.bias)
     layer, ddp = distribute(layer, x.device)
     optimizer = torch.optim.SGD(layer.parameters(), args.lr * args.batch_size / 256, momentum=0.9)
+    # as main_lincls.py, where the rate falls to a tenth at epochs 60 and 80 of 100
     scheduler = torch.optim.lr_scheduler.MultiStepLR(
         optimizer, [math.ceil(0.6 * args.epochs), math.ceil(0.8 * args.epochs)], gamma=0.1)
     steps, batch = max(1, int(total) // args.batch_size), args.batch_size // world_size()
@@ -267,12 +270,13 @@ def report(measured, metric, chance, args):
     (out / "probe.json").write_text(json.dumps(content, indent=2) + "\n")
     figure = Figure((0.7 * PAGE, 0.45 * PAGE))
     axes = figure.add_subplot(xlabel="level", ylabel=f"{metric} (%)")
-    axes.plot([level.capitalize() for level in args.levels], table, "o-", label=[*measured])
+    for label, column in zip(measured, table.T):
+        axes.plot([level.capitalize() for level in args.levels], column, "o-", label=label)
     axes.axhline(100 * chance, color="0.4", ls="--", label="chance")
     axes.grid()
     axes.legend()
     figure.savefig(out / "probe.png")
-    print(f"{out}/probe.json and probe.png hold it", flush=True)
+    print(f"wrote {out}/probe.json and {out}/probe.png", flush=True)
 
 
 def probe(args, device):

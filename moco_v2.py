@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (LARS, Queue, SplitBatchNorm, batch_norm_groups, contrast_statistics,
+from common import (OPTIMIZERS, Queue, SplitBatchNorm, batch_norm_groups, contrast_statistics,
                     cosine_schedule, encode_shuffled, info_nce, mlp, momentum_update, resnet_stages)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
 
 
 class MoCo(nn.Module):
-    """Algorithm 1, up to the loss.  ``bn_groups``: batch norm's parts of one process's batch."""
+    """Algorithm 1, up to the loss.  ``bn_groups``: batch norm groups in one process's batch."""
 
     def __init__(self, arch="resnet50", dim=128, queue_size=65536, m=0.999, tau=0.2, bn_groups=8):
         super().__init__()
@@ -91,11 +91,11 @@ def train(args, device):
     torch.manual_seed(args.seed)
     model = MoCo(args.arch, args.dim, args.queue_size, args.momentum, args.tau, groups)
     model, ddp = distribute(model, device)
-    # Differs: the small recipe takes LARS.  In a few hundred steps SGD hardly turns any weights but
-    # conv1's (RESULTS.md): large weights before a batch norm turn slowly.
-    optimizer_class = {"sgd": torch.optim.SGD, "lars": LARS}[args.optimizer]
-    optimizer = optimizer_class(model.encoder_q.parameters(), args.lr * args.batch_size / 256,
-                                momentum=0.9, weight_decay=args.weight_decay)
+    # Differs: the small recipe takes LARS.  In a few hundred steps SGD changes the direction of
+    # hardly any weights but conv1's (RESULTS.md): before a batch norm, large weights turn slowly.
+    optimizer = OPTIMIZERS[args.optimizer](
+        model.encoder_q.parameters(), args.lr * args.batch_size / 256, momentum=0.9,
+        weight_decay=args.weight_decay)
     run = Run(args, "moco_v2", images, model=model, optimizer=optimizer)
     # Differs: bfloat16 on GPUs, float32 in the authors' code; embeddings and loss are float32
     mixed = mixed_precision(args, device, args.image_size)
@@ -137,17 +137,17 @@ def parse_args(argv=None):
     add("--epochs", type=whole(1), default=200, help="passes over the images (MoCo v2, Table 1)")
     add("--batch-size", type=whole(1), default=256, help="total over all processes (MoCo, Sec. 4)")
     add("--lr", type=real(0), default=0.03, help="per 256 images of the batch (MoCo, Sec. 4)")
-    add("--optimizer", choices=["sgd", "lars"], default="sgd", help="default: sgd (MoCo, Sec. 4), "
+    add("--optimizer", choices=[*OPTIMIZERS], default="sgd", help="default: sgd (MoCo, Sec. 4), "
         "in the small recipe lars, with --lr 2 and --weight-decay 1e-6")
     add("--weight-decay", type=real(0), default=1e-4, help="of all parameters (MoCo, Sec. 4)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels")
-    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="least share of an image in a view")
+    add("--crop-scale", type=real(1e-3, 1), default=0.2, help="smallest crop's share of the area")
     add("--p-blur", type=real(0, 1), default=0.5, help="chance of a blur, sigma 0.1-2 pixels")
     add("--dim", type=whole(1), default=128, help="D")
     add("--queue-size", type=whole(1), default=65536, help="K, the number of negatives")
     add("--momentum", type=real(0, 1), default=0.999, help="m of encoder_k (MoCo, Sec. 3.2)")
     add("--tau", type=real(1e-3), default=0.2, help="temperature (MoCo v2, Sec. 3)")
-    add("--bn-groups", type=whole(1), default=8, help="parts of the batch, for batch norm")
+    add("--bn-groups", type=whole(1), default=8, help="batch norm groups in the total batch")
     add("--random-queue", action="store_true", help="start with random vectors instead of keys")
     add_run_arguments(parser, out="runs/moco_v2")
     return parse_recipe(

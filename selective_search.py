@@ -44,7 +44,7 @@ from PIL import Image, ImageCms
 from torchvision.transforms.v2.functional import resize
 
 from common import InputError
-from plumbing.files import ImageFiles, ImageFolder
+from plumbing.files import ImageFolder
 from plumbing.flags import Parser, whole
 from plumbing.images import map_numbers
 from plumbing.run import launch
@@ -147,7 +147,8 @@ class Regions(NamedTuple):
 
 def pixel_bins(x):
     """(H, W, 3) in 0..255 -> (H * W, 27): each pixel's bins in the histograms, of its 3 colours
-    (0..74), then of the derivatives in 8 directions of each (75..314), with a Gaussian of 1."""
+    (0..74), then of the derivatives in 8 directions of each (75..314), after a Gaussian of sigma 1.
+    """
     colour = (x * (25 / 256)).astype(np.int64) + 25 * np.arange(3)
     smoothed = np.pad(smooth(x, 1.0), ((1, 1), (1, 1), (0, 0)), mode="edge")
     dy = smoothed[2:, 1:-1] - smoothed[:-2, 1:-1]
@@ -320,7 +321,7 @@ def search(images, out, strategy, size, workers, fresh=False):
     finally:
         if len(found) > first:
             save()
-    broken = int(images.broken.sum()) if isinstance(images, ImageFiles) else 0
+    broken = sum(width == 0 for width, _ in sizes)
     print(f"{out}: {len(names)} images, {sum(map(len, found)) / len(names):.1f} boxes each; "
           f"{broken} cannot be decoded", flush=True)
 

@@ -1,5 +1,6 @@
 """SoCo: Aligning Pretraining for Detection via Object-Level Contrastive Learning (Wei et al.,
-NeurIPS 2021, arXiv 2106.02637).  "The talk": slides on this paper; tables are the paper's.
+NeurIPS 2021, arXiv 2106.02637).  "The talk": slides about the paper, the source used here; the
+numbers of tables are the paper's.
 
 Selective search finds boxes that may hold objects, without labels.  A detector's ResNet, feature
 pyramid and box head learn the same embedding for a box in every view of its image, whatever its
@@ -32,8 +33,9 @@ Equations
 Commands (Table 5 (c) and (d): --boxes-per-image 1 --proposals random; --momentum 0.98)
     python soco.py                                         built-in scenes, minutes on a CPU
     torchrun soco.py --data DIR --batch-size 256           one GPU
-    torchrun --nproc_per_node=16 soco.py --data DIR        sixteen, the recipe
-    torchrun --nproc_per_node=16 soco.py --data DIR --view4 --epochs 400     SoCo*
+    torchrun --nproc_per_node=8 soco.py --data DIR --batch-size 1024         eight
+    torchrun NODES soco.py --data DIR                      sixteen, the recipe (NODES: see README)
+    torchrun NODES soco.py --data DIR --view4 --epochs 400                   SoCo*
     python finetune_fasterrcnn.py --weights runs/soco/detector.pt            all that was learned
 """
 import copy
@@ -51,11 +53,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead
-from torchvision.ops import MLP
 from torchvision.transforms.v2.functional import resize
 
 from common import (LARS, InputError, PyramidRoIAlign, View, box_into_view, cosine_schedule,
-                    momentum_update, rank, resnet_stages, world_size)
+                    mlp, momentum_update, rank, resnet_stages, world_size)
 from plumbing.flags import (Parser, add_data_arguments, add_run_arguments, fit_recipe, parse_recipe,
                             real, whole)
 from plumbing.images import Photos, as_view, augment_colour, open_images, random_resized_crop
@@ -159,7 +160,7 @@ def make_views(item, args):
     # Differs: V2 is cut from the image, with 3/4 <= w/h <= 4/3 in its pixels, as by the authors'
     # code (transform_ops.RandomResizedCropParams); the talk crops V1, the image made square.
     # Differs: no cutout.  For 100 epochs (not for 400) the authors' code blanks, with p 0.5, a
-    # square of 10 to 30% of a box in V2 and V3.
+    # square of 10 to 30% of each box's area in V2 and V3.
     crop = random_resized_crop(whole_image, args.image_size, (args.crop_scale, 1.0))
     # Differs: V3 is V2 made smaller, as the talk says, and so is V4, of which it only gives the
     # size; the authors' code crops V3 anew, and in SoCo* the view of 192, while that of 112 is V2
@@ -195,7 +196,8 @@ class Network(nn.Module):
     # the rows, three quarters of them of boxes too large or too small for their level.  On scenes
     # the embeddings fall to few directions at first in either way (RESULTS.md).
     # In the small recipe's views of 64 pixels no box is of P4 or P5, whose last convolutions get no
-    # gradient: step by step LARS shrinks their weights (see there), before a batch norm.
+    # gradient: LARS shrinks their weights step by step (see there), which has no effect, as a batch
+    # norm follows.
     def __init__(self, arch, fpn_channels, hidden, dim, zero_init_residual=True):
         super().__init__()
         stages = resnet_stages(arch, zero_init_residual=zero_init_residual)
@@ -204,7 +206,7 @@ class Network(nn.Module):
         self.pool = PyramidRoIAlign(7, (4, 8, 16, 32), 96.001)  # P4 from just above 96 pixels
         self.head = FastRCNNConvFCHead((fpn_channels, 7, 7), [fpn_channels] * 4, [1024],
                                        norm_layer=nn.BatchNorm2d)
-        self.projector = MLP(1024, [hidden, dim], norm_layer=nn.BatchNorm1d)
+        self.projector = mlp(1024, [hidden, dim], norm_layer=nn.BatchNorm1d)
 
     def forward(self, images, boxes):
         pyramid = self.backbone(images)  # P2..P5, (B, C, H/s, W/s), s = 4, 8, 16, 32
@@ -244,7 +246,7 @@ class SoCo(nn.Module):
                  zero_init_residual=True):
         super().__init__()
         self.online = Network(arch, fpn_channels, hidden, dim, zero_init_residual)
-        self.predictor = MLP(dim, [hidden, dim], norm_layer=nn.BatchNorm1d)
+        self.predictor = mlp(dim, [hidden, dim], norm_layer=nn.BatchNorm1d)
         self.target = copy.deepcopy(self.online).requires_grad_(False)
 
     def forward(self, views, boxes):
@@ -266,8 +268,6 @@ def train(args, device):
     """Pre-train as ``args`` say; all results go into the folder of the run."""
     images = open_images(args.data, args.scenes)
     fit_recipe(args, len(images))
-    if args.batch_size < 2:
-        raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     model = SoCo(args.arch, args.fpn_channels, args.hidden, args.dim, args.zero_init_residual)
     model, ddp = distribute(model, device, sync_batch_norm=True)
@@ -282,14 +282,14 @@ def train(args, device):
     torch.backends.cudnn.deterministic = False
 
     def batches():
-        """(step, pixels, boxes, no_box): of each view on the device, and (B,) which images have no
-        usable box."""
+        """(step, pixels, boxes, no_box): lists of (B, 3, H, H) and (B, P, 4), one of each view, on
+        the device; and which images have no usable box, (B,) bool."""
         for step, (views, places, no_box) in run.batches(data, partial(make_views, args=args)):
             pixels, boxes = [], []
             for i, view in enumerate(views):
                 size = view.pixels.shape[-1]
                 box = box_into_view(places, view.box, view.flipped, size)  # (B, P, 4)
-                # Paper silent: jitter moves the boxes of V1 only
+                # Paper silent: jitter moves the boxes of V1 only, as in the authors' code
                 box = jitter_boxes(box, size, args.jitter) if i == 0 else box
                 boxes.append(box.to(device, non_blocking=True))
                 p_blur, p_solarize = (args.p_blur[0], 0.0) if i == 0 else (args.p_blur[1], 0.2)
@@ -311,7 +311,7 @@ def train(args, device):
         optimizer.step()
         momentum_update(model.online, model.target, m)
         run.end_step(loss, lr, **parts, momentum=loss.new_full((), m),
-                     whole_view=loss.new_full((), no_box.float().mean().item()))
+                     no_box=loss.new_full((), no_box.float().mean().item()))
     if rank() == 0:
         modules = {"backbone": model.online.backbone, "roi_heads.box_head": model.online.head}
         save_tensors({f"{name}.{key}": value for name, module in modules.items()
@@ -327,7 +327,7 @@ def parse_args(argv=None):
     add_data_arguments(parser)
     add = parser.add_argument_group("recipe (table of the paper)").add_argument
     # Differs: auto is selective_search.py's single strategy at 224 pixels; the authors' was one
-    # segmentation too, k = 300, sigma 0.9, regions of 100 pixels, at full size
+    # segmentation too, k = 300, sigma 0.9, regions of at least 100 pixels, at full size
     add("--proposals", default="auto", metavar="FILE", help="selective_search.py's, or random, or "
         "auto (default): search, and keep the boxes in the folder of the run (Table 5 c)")
     add("--arch", default="resnet50", help="torchvision's name of a ResNet")
@@ -335,14 +335,14 @@ def parse_args(argv=None):
     add("--zero-init-residual", action=BooleanOptionalAction, default=True, help="residual blocks "
         "start as the identity (the authors' code); not in the small recipe")
     add("--epochs", type=whole(1), default=100, help="passes over the images (Table 1)")
-    add("--batch-size", type=whole(1), default=2048, help="total over all processes (Table 5 b)")
+    add("--batch-size", type=whole(2), default=2048, help="total over all processes (Table 5 b)")
     add("--lr", type=real(0), default=1.0, help="per 256 images of the batch")
     add("--weight-decay", type=real(0), default=1e-5, help="none on biases and batch norm")
     add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr")
     add("--image-size", type=whole(32), default=224, help="side of V1 and V2 in pixels")
     add("--small-size", type=whole(32), default=112, help="side of V3 (Table 5 a)")
     add("--view4", type=whole(32), nargs="?", const=192, metavar="SIDE", help="V4 of SoCo* (192)")
-    add("--crop-scale", type=real(1e-3, 1), default=0.5, help="least share of the image in V2")
+    add("--crop-scale", type=real(1e-3, 1), default=0.5, help="smallest V2's share of the area")
     add("--boxes-per-image", type=whole(1), default=4, help="P (Table 5 c)")
     add("--jitter", type=real(0, 0.49), default=0.1, help="greatest r; half of V1's boxes move")
     add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P",

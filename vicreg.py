@@ -5,8 +5,8 @@ Two crops of one image go through one network, and their embeddings are to be ne
 more terms of the loss prevent collapse to one embedding: every dimension has to vary over the
 batch, and no two dimensions may vary together.
 
-Read first: barlow_twins.py.  What changes: the loss; each batch of embeddings is kept from collapse
-by itself, not through the other.
+Read first: barlow_twins.py.  What changes: the loss, whose variance and covariance terms keep each
+branch from collapsing on its own, without the other.
 
 Symbols
     paper      code            shape
@@ -36,15 +36,14 @@ Commands
 from argparse import BooleanOptionalAction
 from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import (LARS, InputError, all_gather, all_reduce_sum, backbone_stages,
-                    cosine_schedule, mlp, world_size)
+from common import LARS, all_reduce_sum, backbone_stages, cosine_schedule, mlp, world_size
 from plumbing.flags import (Parser, add_data_arguments, add_normalisation_arguments,
-                            add_run_arguments, fit_recipe, parse_recipe, real, whole)
+                            add_run_arguments, fit_recipe, interpolate_rate, parse_recipe, real,
+                            whole)
 from plumbing.images import (Photos, augment_colour, measure_normalisation, open_images,
                              two_views)
 from plumbing.run import Run, distribute, launch, mixed_precision
@@ -92,7 +91,7 @@ def vicreg_loss(z1, z2, lambda_=25.0, mu=25.0, nu=1.0):
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     with torch.autocast(z.device.type, enabled=False):
         c = covariances(z)  # (2, D, D)
-        # Differs: half of [v(Z) + v(Z')], as in the authors' code alone
+        # Differs: half of [v(Z) + v(Z')], as in the authors' code; Algorithm 1 has all of it
         invariance, variance, covariance = invariance_term(z), variance_term(c), covariance_term(c)
         loss = lambda_ * invariance + mu * variance + nu * covariance
     return loss, dict(invariance=invariance.detach(), variance=variance.detach(),
@@ -132,20 +131,15 @@ def train(args, device):
     fit_recipe(args, len(images))
     if args.measure_normalisation:
         return measure_normalisation(images, args.workers)
-    if args.batch_size < 2:
-        raise InputError("batch size 1: batch norm needs two images")
     torch.manual_seed(args.seed)
     weights = args.invariance, args.variance, args.covariance
     model = VICReg(args.arch, args.dim, weights, args.zero_init_residual)
     model, ddp = distribute(model, device, sync_batch_norm=True)
-    by_batch_size = np.interp(np.log2(args.batch_size), np.log2([*LEARNING_RATES]),
-                              [*LEARNING_RATES.values()])  # constant beyond both ends
-    lr = float(by_batch_size) if args.lr is None else args.lr
-    optimizer = LARS(model.parameters(), lr * args.batch_size / 256,
+    rate = interpolate_rate(LEARNING_RATES, args.batch_size) if args.lr is None else args.lr
+    optimizer = LARS(model.parameters(), rate * args.batch_size / 256,
                      weight_decay=args.weight_decay)
     run = Run(args, "vicreg", images, model=model, optimizer=optimizer)
-    origin = "for this batch size" if args.lr is None else "as asked"
-    run.say(f"lr {lr:.3g} per 256 images, {origin}: {lr * args.batch_size / 256:.3g} for "
+    run.say(f"lr {rate:.3g} per 256 images: {rate * args.batch_size / 256:.3g} for "
             f"{args.batch_size}")
     # Differs: bfloat16 on GPUs, float16 in the authors' code; the loss is float32
     mixed = mixed_precision(args, device, args.image_size)
@@ -174,12 +168,7 @@ def train(args, device):
         optimizer.step()
         run.end_step(loss, lr, **parts)
 
-    # how the dimensions correlate in a batch of an epoch that is never trained on
-    _, view1, view2 = next(batches(range(run.steps, run.steps + 1)))
-    model.eval()
-    with torch.no_grad(), mixed:
-        z1, z2 = (all_gather(model.embed(view).float()) for view in (view1, view2))
-    run.draw_correlation(z1, z2)
+    run.draw_correlation(model, batches, mixed)
     run.finish(model.stages, "the pre-trained backbone, correlation.png shows how the "
                "dimensions of two views correlate")
 
@@ -195,13 +184,13 @@ def parse_args(argv=None):
         "start as the identity (the authors' code); not in the small recipe")
     # Differs: 100 epochs and crops of at least 40%, as in the report; the paper's are 1000 and 8%
     add("--epochs", type=whole(1), default=100, help="passes over the images (the report)")
-    add("--batch-size", type=whole(1), default=2048, help="total over all processes (Sec. 4.2)")
+    add("--batch-size", type=whole(2), default=2048, help="total over all processes (Sec. 4.2)")
     add("--lr", type=real(0), help="per 256 images (appendix C.4; default: by batch size, 0.3 for "
         "2048 to 0.8 for 128)")
     add("--weight-decay", type=real(0), default=1e-6, help="none on biases and norms (Sec. 4.2)")
     add("--warmup", type=whole(0), default=10, help="epochs of linear growth of the lr (Sec. 4.2)")
     add("--image-size", type=whole(8), default=224, help="side of a view in pixels")
-    add("--crop-scale", type=real(1e-3, 1), default=0.4, help="least share of an image in a view")
+    add("--crop-scale", type=real(1e-3, 1), default=0.4, help="smallest crop's share of the area")
     # Differs: chances of blur and solarize per view, as in the authors' code; the paper's are 0.5
     # and 0.1 in both
     add("--p-blur", type=real(0, 1), nargs=2, default=[1.0, 0.1], metavar="P",

@@ -5,6 +5,8 @@
     features, detections                the report, Fig. 2a and 1
     views, curves                       what each method feeds its network; log.csv of several runs
 
+The report's Fig. 2b is correlation.png, which barlow_twins.py and vicreg.py draw at the end.
+
     python visualize.py attention --weights none runs/moco_v2/backbone.pt runs/detco/backbone.pt
     python visualize.py similarity --weights none runs/detco/checkpoint.pt
 
@@ -22,15 +24,15 @@ from figures.of_detco import attention, retrieval, similarity
 from figures.of_dupr import correspondence, iou_similarity
 from figures.of_methods import METHODS, views
 from figures.of_report import detections, features
-from plumbing.drawing import draw_curves, read_log, shared_columns
+from plumbing.drawing import draw_curves, drawn_columns, read_log
 from plumbing.flags import Parser, add_backbone_arguments, real, whole
 from plumbing.run import launch
 from plumbing.weights import LEVELS, name_weights
 
 
 def curves(args, _device):
-    """What the runs of --weights have logged, in the columns that draw_curves draws into --out ->
-    None, rows of numbers."""
+    """Draw the logs of the runs in --weights into --out -> None, and for each column and run the
+    first, last, least and greatest value."""
     name_weights(args)
     logs, rows = {}, []
     for label, path in zip(args.labels, args.weights):
@@ -40,7 +42,7 @@ def curves(args, _device):
             log = []
         if not log or "epoch" not in log[0]:
             raise InputError(f"{path} is no log of a run: curves takes folders of runs")
-    for column in shared_columns(logs):
+    for column in drawn_columns(logs):
         for label, log in logs.items():
             if column in log[0] and any(math.isfinite(row[column]) for row in log):
                 values = [row[column] for row in log if math.isfinite(row[column])]
@@ -88,7 +90,7 @@ def visualize(args, device):
 
 
 def parse_args(argv=None):
-    """The papers' sizes and levels by default, but fewer images; smaller ones without --data."""
+    """The papers' sizes and levels by default, of fewer images; without --data, smaller images."""
     parser = Parser(description="Draw what pre-trained backbones have learnt; with the figure "
                     "detections --weights are fine-tuned checkpoints, with curves folders of runs.")
     parser.add_argument("figure", choices=[*FIGURES])
@@ -98,13 +100,13 @@ def parse_args(argv=None):
     add("--dataset", choices=["voc", "coco"], help="layout of a --data that has annotations")
     add("--split", nargs="+", help="of --dataset, as finetune_fasterrcnn.py names them")
     add("--images", type=whole(1), help="how many are measured, drawn by --seed (default: by "
-        "figure)")
+        "figure; attention, features, detections and views measure what they draw)")
     add("--rows", type=whole(1), help="how many of them are drawn (default: by figure)")
-    add("--size", type=whole(32), help="side of an image in pixels; not in the figures similarity, "
-        "views, detections and curves")
+    add("--size", type=whole(32), help="side of an image in pixels; not in views, detections and "
+        "curves, in similarity only of those for the batch norm of random weights")
     add("--score", type=real(0, 1), default=0.3, help="least score of a detection that is drawn")
     add("--level", choices=LEVELS, help="of the backbone, in DetCo's and DUPR's figures "
-        "(default: the paper's)")
+        "(default: the paper's; res5 in similarity)")
     add("--methods", nargs="+", choices=[*METHODS], default=[*METHODS], help="of the figure views")
     add("--out", help="picture to write, .png, .jpg, .pdf or .svg (default: runs/FIGURE.png)")
     add("--csv", metavar="FILE", help="keep the numbers too")

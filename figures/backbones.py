@@ -12,9 +12,8 @@ from plumbing.weights import load_backbones
 
 
 def pictures(args, masks=False, keypoints=False):
-    """Generate --images of the data set, drawn by --seed: image (3, H, W) uint8, annotations: a
-    dict with boxes (n, 4), x1 y1 x2 y2 in pixels, and labels (n,), and masks and keypoints if asked
-    for; None for a folder without."""
+    """Generate --images of the data set, drawn by --seed: each image (3, H, W) uint8, and its
+    annotations, a dict as detection/data.py describes it; None for a folder without any."""
     if args.data is None:  # scenes that pre-training has not seen
         data = LabelledScenes(max(1000, args.images), seed=2, masks=masks, keypoints=keypoints)
     elif args.dataset is None:

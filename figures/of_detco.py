@@ -33,8 +33,8 @@ def attention_map(features, size):
     """
     mean = features.mean(1, keepdim=True)  # (B, 1, h, w)
     low, high = mean.amin((2, 3), keepdim=True), mean.amax((2, 3), keepdim=True)
-    level = features.abs().mean((1, 2, 3), keepdim=True)
-    scaled = torch.where(high - low > 1e-5 * level, (mean - low) / (high - low), 0)
+    magnitude = features.abs().mean((1, 2, 3), keepdim=True)
+    scaled = torch.where(high - low > 1e-5 * magnitude, (mean - low) / (high - low), 0)
     return F.interpolate(scaled, (size, size), mode="bilinear")[:, 0]
 
 
@@ -81,8 +81,8 @@ def attention(args, device):
 
 
 def retrieval(args, device):
-    """The nearest neighbours of the first images (DetCo, Fig. 7), and how many of all images' share
-    a class."""
+    """The nearest neighbours of the first images (DetCo, Fig. 7), and what share of all images'
+    neighbours has a class in common with them."""
     (networks, items), small, classes, rows = load_all(args, device), [], [], []
     found = {label: [] for label in args.labels}
     for image, truth in items:
@@ -94,8 +94,9 @@ def retrieval(args, device):
         classes.append({*truth["labels"].tolist()} if truth else set())
     if len(small) < 2:
         raise InputError("retrieval needs two images or more")
-    share = torch.tensor([[not own.isdisjoint(other) for other in classes] for own in classes])
-    share.fill_diagonal_(False)  # (n, n): a class in common
+    names = sorted({name for own in classes for name in own})
+    present = torch.tensor([[name in own for name in names] for own in classes]).float()  # (n, K)
+    share = (present @ present.T > 0).fill_diagonal_(False)  # (n, n): a class in common
     annotated = truth is not None
     title = f"images most like the first, by the mean of {args.level.capitalize()}: cosine" + (
         "; framed: a class in common" if annotated else "")
@@ -122,16 +123,18 @@ def load_encoders(path, stages, args, device):
     --level in that list; and the recipe.  Of a checkpoint of DetCo they have its heads; otherwise
     both are ``pooled``, and the recipe is None.  Raises InputError: no local head at the level."""
     import detco
-    saved, level = load_checkpoint(path) if path != "none" else {}, LEVELS.index(args.level)
+    saved, index = load_checkpoint(path) if path != "none" else {}, LEVELS.index(args.level)
     if saved.get("method") != "detco":
-        return partial(pooled, stages), partial(pooled, stages), level, None
+        # Differs: the paper's are embeddings of the heads; without heads the backbone's features
+        # take their place, whose cosines are on another scale
+        return partial(pooled, stages), partial(pooled, stages), index, None
     own = argparse.Namespace(**saved["args"])
-    if own.no_local or not own.weights[level]:
+    if own.no_local or not own.weights[index]:
         raise InputError(f"{path} has no local head at {args.level} (--no-local, --weights)")
     model = detco.DetCo(own.arch, own.dim, own.queue_size, weights=own.weights, bn_groups=1,
                         share_queue=own.share_queue).eval().to(device)
     model.load_state_dict(saved["model"])
-    return model.encoder_q, model.encoder_k, model.levels.index(level), own
+    return model.encoder_q, model.encoder_k, model.levels.index(index), own
 
 
 def similarity(args, device):
@@ -143,7 +146,7 @@ def similarity(args, device):
     recipes = [own for *_, own in encoders if own]
     recipe = recipes[0] if recipes else detco.parse_args(["--data", args.data] if args.data else [])
     measured = {}
-    for label, (encode_q, encode_k, i, _) in zip(args.labels, encoders):
+    for label, (encode_q, encode_k, i, own) in zip(args.labels, encoders):
         torch.manual_seed(args.seed)
         images, means = pictures(args), []
         for _ in range(args.images // 32):
@@ -160,18 +163,19 @@ def similarity(args, device):
         if len(means) < FEWEST_BATCHES:
             raise InputError("similarity is a histogram of means over 32 images each, and needs "
                              f"{32 * FEWEST_BATCHES} images or more")
-        measured[label] = torch.tensor(means)  # (batches, global and local, positive and negative)
+        # (batches, global and local, positive and negative)
+        measured[label, "heads" if own else "backbone"] = torch.tensor(means)
     figure = Figure((PAGE, 1.3 * len(measured) + 0.6))
     axes = figure.subplots(len(measured), 2, squeeze=False, sharex=True)
     everything = torch.stack([*measured.values()])
     bins = np.linspace(everything.min().item(), everything.max().item(), 41)
-    for line, (label, values) in zip(axes, measured.items()):
-        row = dict(weights=label, batches=len(values))
-        line[0].set_ylabel(f"{label}\nbatches")
+    for line, ((label, part), values) in zip(axes, measured.items()):
+        row = dict(weights=label, embeddings_of=part, batches=len(values))
+        line[0].set_ylabel(f"{label}, {part}\nbatches")
         for ax, kind, part in zip(line, ("positive", "negative"), values.unbind(2)):
             for query, means in zip(("global", "local"), part.unbind(1)):  # (batches,) each
                 row[f"{kind}_{query}"] = mean = means.mean()
-                ax.hist(means.numpy(), bins, label=f"{query}-global {mean:.3f}")
+                ax.hist(means.numpy(), bins, alpha=0.6, label=f"{query}-global {mean:.3f}")
             row[f"{kind}_difference"] = (part[:, 0] - part[:, 1]).mean()
             ax.legend(loc="lower center", bbox_to_anchor=(0.5, 0.97), ncols=2, frameon=False,
                       handlelength=0.8, columnspacing=1)

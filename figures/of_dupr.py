@@ -70,6 +70,7 @@ def correspond(q, k, view_q, view_k):
 def iou_similarity(args, device):
     """How the features of a box change as it moves: DUPR's Eq. (9) against IoU, of 20 boxes around
     each annotated one (Fig. 6); the band is one standard deviation over boxes."""
+    from dupr import region_similarity
     (networks, items), ious = load_all(args, device), []
     values = {label: [] for label in args.labels}
     torch.manual_seed(args.seed)
@@ -84,9 +85,9 @@ def iou_similarity(args, device):
             ious.append(box_iou(near, box[None])[:, 0])
             rois = (torch.cat([box[None], near]) * (args.size / extent)).float().to(device)
             for found, level in zip(values.values(), levels):
+                # Paper silent: S; 14, as on Res4 in pre-training
                 regions = roi_align(level, [rois], 14, level.shape[-1] / args.size, aligned=True)
-                same = F.cosine_similarity(regions[:1], regions[1:], dim=1)  # (20, 14, 14)
-                found.append(same.mean((1, 2)).cpu())  # Eq. (9)
+                found.append(region_similarity(regions[:1], regions[1:]).cpu())  # Eq. (9), (20,)
     if not ious:
         raise InputError("no boxes in these images")
     ious = torch.cat(ious)
@@ -110,15 +111,15 @@ def iou_similarity(args, device):
 
 
 def correspondence(args, device):
-    """Where each position of a view finds its like in another of the image (DUPR, Fig. 7)."""
+    """Match each position of a view with the most similar one of another view (DUPR, Fig. 7)."""
     (networks, items), rows = load_all(args, device), []
     torch.manual_seed(args.seed)
     pairs = [two_views(image, args.size, (0.2, 1.0)) for image, _ in items]
-    # Differs: MoCo v2's colours; Sec. 4.6.2 takes MoCo's, without blur
+    # Differs: MoCo v2's colours; Sec. 4.6.2 takes MoCo's: jitter always, hue to 0.4, no blur
     pixels = [augment_colour(torch.stack([view.pixels for view in pair]), mean=(0, 0, 0),
                              std=(1, 1, 1)) for pair in pairs]  # 0..1
     shown = min(args.rows, len(pairs))
-    # the first pairs, and of the positions of each about 40, evenly
+    # drawn: of each of the first pairs about 40 positions, evenly spaced
     figure, axes = image_grid([0.5] * len(networks), [1] * shown)
     for line, (label, stages, _) in zip(axes, networks):
         counts = torch.zeros(3)

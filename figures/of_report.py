@@ -16,7 +16,7 @@ from plumbing.weights import name_weights
 
 def features(args, device):
     """The mean over channels of each level (the report, Fig. 2a): Res2..Res5, or P2..P5 where the
-    file has an FPN of four levels (RetinaNet's has three)."""
+    file has an FPN of four levels with batch norm (RetinaNet's has three levels)."""
     networks, items = load_all(args, device)
     items, rows = [*islice(items, args.rows)], []
     x = squares(items, args, device)
@@ -24,7 +24,7 @@ def features(args, device):
     figure, axes = image_grid(heights, [1] * 5, "mean of each level over channels: from the least "
                               "(dark) to the most (light)")
     for n, (label, network, rest) in enumerate(networks):
-        lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.3.0.weight")]
+        lateral = [v for k, v in rest.items() if k.endswith("fpn.inner_blocks.3.1.weight")]
         if lateral:
             network = Pyramid(network, len(lateral[0])).eval().to(device)
             load_part(network.fpn, "backbone.fpn.", rest, args.weights[n])
@@ -33,6 +33,7 @@ def features(args, device):
             line = axes[i * len(networks) + n]
             show(line[0], image, left=label)
             for number, ax, level in zip(range(2, 6), line[1:], levels):
+                # Paper silent: how the channels become one map; here by their mean
                 name, mean = f"{'P' if lateral else 'Res'}{number}", level[i].float().mean(0).cpu()
                 show(ax, image, name, mean, f"{mean.min():.2g} to {mean.max():.2g}")
                 rows.append(dict(weights=label, image=i, level=name, least=mean.min(),
@@ -42,7 +43,7 @@ def features(args, device):
 
 def detections(args, device):
     """Annotations above what fine-tuned detectors find (the report, Fig. 1); ``none`` is the first
-    of these detectors before training."""
+    of these detectors with random weights, of its backbone too."""
     name_weights(args)
     tuned = {path: load_fine_tuned(path) for path in args.weights if path != "none"}
     if not tuned:
@@ -67,9 +68,10 @@ def detections(args, device):
                                        device))
         for i, (seen, (_, truth)) in enumerate(zip(found[label], items)):
             drawn = seen["scores"] >= args.score
-            hit = box_iou(truth["boxes"].float(), seen["boxes"][drawn]) >= 0.5
-            hit &= truth["labels"][:, None] == seen["labels"][drawn]
-            rows.append(dict(weights=label, image=i, annotated=len(truth["boxes"]),
+            judged = ~truth["ignore"]
+            hit = box_iou(truth["boxes"][judged].float(), seen["boxes"][drawn]) >= 0.5
+            hit &= truth["labels"][judged][:, None] == seen["labels"][drawn]
+            rows.append(dict(weights=label, image=i, annotated=judged.sum(),
                              found=hit.any(1).sum(), detections=len(seen["boxes"]),
                              drawn=drawn.sum(), best_score=max([0.0, *seen["scores"].tolist()])))
     return draw_detections(items, found, args.classes, args.score), rows

@@ -39,7 +39,8 @@ WORDS = {"gg": "global-global", "ll": "local-local", "gl": "global-local", "lr":
          "res2": "Res2", "res3": "Res3", "res4": "Res4", "res5": "Res5"}
 TITLES = {"loss": "loss", "parts": "parts of the loss", "accuracy": "accuracy against the queue",
           "similarity": "cosine similarity", "deviation": "standard deviation of a coordinate",
-          "lr": "learning rate", "AP": "average precision (%)"}
+          "no_box": "share of images without a box", "lr": "learning rate",
+          "AP": "average precision (%)"}
 LEVEL = re.compile("res[2-5]")
 
 
@@ -54,15 +55,17 @@ def panel_of(column):
     return first if first in TITLES else column
 
 
-def shared_columns(logs):
-    """The columns, but for step, epoch and speed, that two of the logs have, or all of one."""
+def drawn_columns(logs):
+    """The columns that draw_curves draws, all but step, epoch and speed: of one log each; of
+    several those that two have, without the parts of the loss."""
     names = [name for rows in logs.values() for name in rows[0]
              if name not in ("step", "epoch", "images_per_s")]
-    return [name for name in dict.fromkeys(names) if names.count(name) >= min(2, len(logs))]
+    return [name for name in dict.fromkeys(names) if len(logs) == 1
+            or names.count(name) >= 2 and panel_of(name) != "parts"]
 
 
 def draw_curves(logs, path):
-    """Draw the shared columns of log.csv over the epochs.  logs: label of a run -> its rows
+    """Draw drawn_columns of log.csv over the epochs.  logs: label of a run -> its rows
     (read_log).
 
     Loss, accuracy, similarity, deviation and learning rate have a panel each.  Of one run, the
@@ -70,9 +73,8 @@ def draw_curves(logs, path):
     columns of a panel their own kinds of lines.
     """
     panels, single = {}, len(logs) == 1
-    for column in shared_columns(logs):
-        if single or panel_of(column) != "parts":
-            panels.setdefault(panel_of(column), []).append(column)
+    for column in drawn_columns(logs):
+        panels.setdefault(panel_of(column), []).append(column)
     if "parts" in panels:  # last, since its legend is below it
         panels["parts"] = panels.pop("parts")
     across = min(2, len(panels))
@@ -121,8 +123,8 @@ def draw_curves(logs, path):
 
 
 def draw_correlation(z1, z2, path):
-    """Draw how each dimension of z1 correlates with each of z2, both (N, D), over their N rows: the
-    matrix of the first 128 dimensions, and a histogram of the correlations of all.
+    """Draw how each dimension of z1 correlates with each of z2, both (N, D), over their N rows (the
+    report, Fig. 2b): the matrix of the first 128 dimensions, and a histogram of all correlations.
 
     Returns the matrix (D, D), 0 where a dimension is constant.
     """
@@ -155,8 +157,8 @@ def draw_correlation(z1, z2, path):
 def image_grid(heights, widths, title=""):
     """A figure as wide as a page, and its axes (rows, columns), invisible until something is shown.
 
-    heights, widths: of the rows and columns, in one unit.  At three times its width the figure's
-    height ends, and its images become narrower.
+    heights, widths: of the rows and columns, in one unit.  The figure is at
+    most three times as high as wide; beyond that its images shrink.
     """
     height = PAGE * sum(heights) / sum(widths) + 0.3 * len(heights)
     figure = Figure((PAGE, min(height, 3 * PAGE)), layout="compressed")
@@ -181,7 +183,8 @@ def show(ax, image, title="", values=None, below="", left="", **colours):
 
 def outline(ax, boxes, colours, names):
     """Draw boxes x1 y1 x2 y2, and the name of each at a corner, inside the image and where it hides
-    no earlier name; a name that finds no such place is left out."""
+    no earlier name; a name that finds no such place is left out.  Measures the axes
+    as they are, so lay them out first (draw_without_rendering)."""
     taken = []
     for (x1, y1, x2, y2), colour in zip(boxes, colours):
         ax.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=colour, linewidth=1.5,
@@ -239,9 +242,13 @@ def draw_detections(items, found, classes, score=0.3):
              **{f"{name}, score {score:g} or more": seen for name, seen in found.items()}}
     shapes = [image.shape[1:] for image, _ in items]
     figure, rows = image_grid([1] * len(shown), [width / height for height, width in shapes])
-    for row, (title, seen) in zip(rows, shown.items()):
-        for ax, (image, _), objects in zip(row, items, seen):
+    for row, title in zip(rows, shown):
+        for ax, (image, _) in zip(row, items):
             show(ax, image)
+        row[0].set_title(title, loc="left")
+    figure.draw_without_rendering()  # lays out the axes, which outline measures
+    for row, seen in zip(rows, shown.values()):
+        for ax, objects in zip(row, seen):
             scores = objects.get("scores", torch.ones(len(objects["boxes"])))
             best = scores >= score
             labels = objects["labels"][best].tolist()
@@ -253,5 +260,4 @@ def draw_detections(items, found, classes, score=0.3):
             outline(ax, objects["boxes"][best].tolist(), colours, names)
             if "keypoints" in objects:
                 dots(ax, objects["keypoints"][best], colours)
-        row[0].set_title(title, loc="left")
     return figure

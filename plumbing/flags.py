@@ -3,6 +3,8 @@ import argparse
 import math
 import os
 
+import numpy as np
+
 from common import InputError
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 
@@ -116,6 +118,12 @@ def fit_recipe(args, images):
     fit("momentum", 0.99)
     fit("epochs", max(3, round(30_000 / images)))
     fit("warmup", max(1, args.epochs // 10))
+
+
+def interpolate_rate(rates, batch_size):
+    """The learning rate that ``rates``, batch size -> rate, gives a batch size: linear in between
+    in log2 of the size, constant beyond both ends."""
+    return float(np.interp(np.log2(batch_size), np.log2([*rates]), [*rates.values()]))
 
 
 def add_normalisation_arguments(add):

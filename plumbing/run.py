@@ -409,9 +409,16 @@ class Run:
             save_tensors(stages.state_dict(), self.out / "backbone.pt")
         self.say(f"{self.out / 'backbone.pt'} is {note}")
 
-    def draw_correlation(self, z1, z2):
-        """Draw how the dimensions of two batches of embeddings (N, D) of all processes correlate,
-        into correlation.png."""
+    def draw_correlation(self, model, batches, mixed):
+        """Draw how the dimensions of two views' embeddings correlate into correlation.png, for the
+        batch of a step after the last, which is never trained on.
+
+        model: embed, (B, 3, H, W) -> (B, D); batches, mixed: as fill_queues takes them.
+        """
+        _, *views = next(batches(range(self.steps, self.steps + 1)))
+        model.eval()
+        with torch.no_grad(), mixed:
+            z1, z2 = (all_gather(model.embed(view).float()) for view in views)
         if rank() == 0:
             from plumbing.drawing import draw_correlation
             draw_correlation(z1, z2, self.out / "correlation.png")

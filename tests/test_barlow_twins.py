@@ -189,7 +189,7 @@ def test_learning_rates_by_batch_size(tmp_path, capsys, monkeypatch, twin, batch
         twin.module.main(["--data", "x", *words, "--out", str(tmp_path)])
     rates = [lr * batch_size / 256, 0.0048 * batch_size / 256]
     assert started.value.args[0] == pytest.approx(rates if twin is BARLOW else rates[:1])
-    assert f"lr {lr:.3g} per 256 images, for this batch size" in capsys.readouterr().out
+    assert f"lr {lr:.3g} per 256 images: " in capsys.readouterr().out
 
 
 @both

@@ -445,9 +445,12 @@ def test_lars_by_hand():
     w_by_hand = w_by_hand - 10 * (0.9 * step + 0.001 * w_by_hand)
     torch.testing.assert_close(w.data[0], torch.tensor(w_by_hand).float())
     assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1))
+    b.grad = torch.ones(1)
+    assert optimizer.step(lambda: torch.tensor(7.0)) == 7  # of a loop that evaluates the loss so
+    assert b.item() == pytest.approx(-3 - 10 * (0.9 * 0.5 + 1) - 10 * (0.9 * 1.45 + 1))
     again = common.LARS([w, b, zero], lr=1.0)
     again.load_state_dict(optimizer.state_dict())
-    torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([1.45]))
+    torch.testing.assert_close(again.state[b]["momentum_buffer"], torch.tensor([2.305]))
 
 
 @pytest.mark.parametrize("decay", [0.0, 1e-6, 0.1])

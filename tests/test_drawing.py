@@ -58,14 +58,14 @@ def test_panels_of_a_run_with_levels(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *_args, **_more: figures.append(figure))
     columns = ["loss", "loss_chance", "gg_res2", "ll_res2", "gl_res5", "gg_chance", "accuracy",
-               "similarity_positive", "similarity_negative", "deviation", "lr", "whole_view",
+               "similarity_positive", "similarity_negative", "deviation", "lr", "no_box",
                "ll_res3"]
     draw_curves({"": [dict(step=i, epoch=i, images_per_s=1.0, **dict.fromkeys(columns, float(i)))
                       for i in range(1, 4)]}, "x.png")
     panels = {axes.get_title(): axes for axes in figures[0].axes}
     assert [*panels] == ["loss", "accuracy against the queue", "cosine similarity",
-                         "standard deviation of a coordinate", "learning rate", "whole view",
-                         "parts of the loss"]
+                         "standard deviation of a coordinate", "learning rate",
+                         "share of images without a box", "parts of the loss"]
     parts = {line.get_label(): line for line in panels["parts of the loss"].lines}
     assert [*parts] == ["global-global Res2", "local-local Res2", "global-local Res5",
                         "global-global chance", "local-local Res3"]
@@ -177,3 +177,12 @@ def test_the_picture_of_detections():
     assert drawn == [[[4.5, 5.5]]] * 2  # those that are sure, in the pixel's middle
     default = draw_detections(items, {"first": seen}, ["cat", "dog"])
     assert [len(axes.patches) for axes in default.axes] == [7, 0, 1, 1]  # 0.3 or more
+
+
+def test_names_are_measured_in_the_figure_as_it_is_drawn():
+    """Names that fit their images, which grow as the figure is laid out, are there."""
+    boxes, labels = torch.tensor([[2.0, 2, 94, 94]]), torch.zeros(1).long()
+    items = [(torch.zeros(3, 96, 96).byte(), dict(boxes=boxes, labels=labels))] * 4
+    seen = [dict(boxes=boxes, labels=labels, scores=torch.tensor([0.95]))] * 4
+    figure = draw_detections(items, dict.fromkeys("abc", seen), ["a longer name yet"])
+    assert [len(axes.texts) for axes in figure.axes] == [1] * 16

@@ -35,6 +35,7 @@ import moco_v2
 import soco
 import vicreg
 from common import InputError, View
+from plumbing import drawing
 from plumbing.flags import fit_recipe
 from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
 from plumbing.run import Run, distribute
@@ -138,7 +139,7 @@ def recorded():
                     ("zero", torch.optim.Optimizer, "zero_grad"),
                     ("backward", torch.Tensor, "backward"), ("step", torch.optim.SGD, "step"),
                     ("momentum", module, "momentum_update"), ("push", common.Queue, "push"),
-                    ("draw", Run, "draw_correlation")):
+                    ("draw", drawing, "draw_correlation")):
                 if hasattr(owner, attribute):
                     watch(monkeypatch, calls, what, owner, attribute)
             run(name, Path(folder) / name)
@@ -294,7 +295,7 @@ def test_the_correlation_that_is_drawn(recorded, name):
     """Of a batch that is never trained on, in eval mode."""
     out, calls = recorded(name)
     _, (_, *steps), after = divide(name, calls)
-    model, (_, *drawn) = steps[0]["forward"][0].args[0], after["draw"][0].args
+    model, (*drawn, _path) = steps[0]["forward"][0].args[0], after["draw"][0].args
     assert after["batches"][0].args[3] == range(4, 5) and not model.training
     with torch.no_grad():
         for z, view in zip(drawn, after["colour"]):
@@ -665,7 +666,7 @@ def test_arguments_that_cannot_be_are_one_line(tmp_path, name):
         refused["--queue-size 7"] = "queue size 7 is less than the 8 keys of a step"
         refused["--batch-size 14 --bn-groups 8"] = "batch size 14 does not divide into 8"
     else:
-        refused["--batch-size 1"] = "batch size 1: batch norm needs two images"
+        refused["--batch-size 1"] = "argument --batch-size: 1 is not at least 2"
     if name != "soco":
         refused["--image-size 16 --precision bfloat16"] = "images of more than 16 pixels, not 16"
     for flags, message in refused.items():

@@ -378,6 +378,8 @@ def test_the_command(tmp_path):
     code, out, err = run(*words, "--workers", 2)
     assert code == 0 and not err, err
     assert "5/5 images" in out and "1 cannot be decoded" in out
+    code, out, err = run(*words, "--workers", 0)  # finds nothing left to do
+    assert code == 0 and "5/5 images" not in out and "1 cannot be decoded" in out
     with np.load(tmp_path / "p.npz") as file:  # without pickle
         names, offsets, boxes = file["names"], file["offsets"], file["boxes"]
     assert names.tolist() == ["0000.jpg", "0001.jpg", "a b/0000.jpg", "a b/0001.jpg",

@@ -399,7 +399,7 @@ def test_images_without_proposals_use_the_whole_view(tmp_path):
     words = [*TINY, "--data", str(tmp_path / "data"), "--arch", "resnet18", "--warmup", "0",
              "--epochs", "1", "--proposals", str(tmp_path / "p.npz")]
     soco.main([*words, "--out", str(tmp_path / "run")])
-    assert column(tmp_path / "run", "whole_view") == ["0.5"]
+    assert column(tmp_path / "run", "no_box") == ["0.5"]
     data = soco.Proposed(images, selective_search.read_proposals(tmp_path / "p.npz"))
     assert [len(data[i][1]) for i in range(16)] == [3, 0] * 8 and len(data) == 16
     assert data[0][1].tolist() == [[10, 10, 50, 40]] * 3

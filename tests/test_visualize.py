@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import coordinates, make_photos, run
 from matplotlib.figure import Figure
 from PIL import Image
+from torchvision.models.detection import fasterrcnn_resnet50_fpn
 
 import detco
 import dupr
@@ -393,6 +394,7 @@ def test_similarity_of_detcos_heads(files, tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "checkpoint.pt", saved)
     words = "similarity", "--images", 32, "--weights", tmp_path / "checkpoint.pt"
     (heads,) = figure(files, tmp_path, *words)
+    assert heads["embeddings_of"] == "heads"
     for parameter in model.encoder_q.local_heads[3].parameters():
         parameter.data.zero_()  # then local queries are all 0, and exp(0) = 1
     save_checkpoint(tmp_path / "checkpoint.pt", saved)
@@ -414,6 +416,10 @@ def test_features_of_an_fpn(files, tmp_path):
     model = build_detector("resnet18", 2, "retinanet", fpn_channels=8)
     save_tensors(model.state_dict(), tmp_path / "retinanet.pt")  # its pyramid has no P2
     rows = figure(files, tmp_path, "features", "--weights", tmp_path / "retinanet.pt")
+    assert [row["level"] for row in rows] == [f"Res{i}" for i in range(2, 6)]
+    model = fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)  # its FPN has no norm
+    save_tensors(model.state_dict(), tmp_path / "torchvision.pt")
+    rows = figure(files, tmp_path, "features", "--weights", tmp_path / "torchvision.pt")
     assert [row["level"] for row in rows] == [f"Res{i}" for i in range(2, 6)]
 
 
@@ -458,6 +464,11 @@ def test_curves_of_runs(files, tmp_path):
     assert [float(rows[1][k]) for k in ("first", "last", "least", "most")] == [5, 1, 1, 5]
     rows = figure(files, tmp_path, "curves", "--weights", tmp_path / "a" / "log.csv")
     assert {r["column"] for r in rows} == {"loss", "lr"}
+    for name in ("a", "b"):  # the parts of a loss are drawn of one run alone
+        (tmp_path / name / "log.csv").write_text("step,epoch,gg_res5\n1,0.5,3\n")
+    with pytest.raises(SystemExit, match="no column is in two of the logs"):
+        figure(files, tmp_path, "curves", "--weights", tmp_path / "a", tmp_path / "b")
+    (tmp_path / "b" / "log.csv").write_text("step,epoch,extra\n1,0.5,5\n")
     (tmp_path / "a" / "log.csv").write_text("step,epoch,gg\n1,0.5,3\n2,1.0")  # cut off
     assert len(figure(files, tmp_path, "curves", "--weights", tmp_path / "a")) == 1
     with pytest.raises(SystemExit, match="no column is in two of the logs"):
