@@ -9,7 +9,7 @@ from layouts import UPRIGHT, draw, edit, error, make_voc, shares
 
 from common import InputError
 from detection.average_precision import coco_ap
-from detection.data import Annotated, LabelledScenes, training_item
+from detection.data import Annotated, LabelledScenes, clip_box, training_item
 from detection.formats import KEYPOINTS, TRAIN_SPLITS
 
 
@@ -280,3 +280,12 @@ def test_a_cut_off_test_image_is_named_with_the_reason_before_the_training(tmp_p
     assert "0001.jpg' (image file is truncated" in capsys.readouterr().out
     with pytest.raises(InputError, match=r"cannot decode .*0001.jpg: image file is truncated"):
         data[1]
+
+
+def test_boxes_up_to_a_pixel_outside_are_cut_off():
+    assert clip_box((80.9, 1, 90, 9), (80, 60), "x") is None  # rounded
+    assert clip_box((-0.4, 1, 80.4, 61), (80, 60), "x") == (0, 1, 80, 60)
+    assert clip_box((1, 1, 1.02, 9), (80, 60), "x") == (1, 1, 1.02, 9)
+    for box in ((81.1, 1, 90, 9), (1, -9, 5, -1.1)):
+        with pytest.raises(InputError, match="lies outside the image of 80 x 60 pixels"):
+            clip_box(box, (80, 60), "x")

@@ -241,7 +241,7 @@ def test_values_without_a_known_range_are_refused(tmp_path):
     images, said = ImageFolder(tmp_path), []
     assert images.numbered(0)[0] == 2 == images.numbered(1)[0]
     images.report(said.append, "left out")
-    for line, mode in zip(said, "FI"):
+    for line, mode in zip(said, "FI", strict=True):
         assert f"(its values (PIL's mode {mode}) have no known range: save it with 8 bits, " in line
 
 

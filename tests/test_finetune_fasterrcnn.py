@@ -13,6 +13,7 @@ from PIL import Image
 from test_average_precision import NAMES
 
 import finetune_fasterrcnn as ft
+import linear_probe
 from common import InputError, rank, world_size
 from detection.data import Annotated, LabelledScenes, training_item
 from detection.instance_heads import crop_masks
@@ -97,9 +98,64 @@ def test_a_fraction_of_the_training_images_is_drawn_by_the_seed(tmp_path):
     train_again, validation_set = ft.data_sets(ft.parse_args(
         ["--fraction", "0.1", "--test-scenes", "7", "--test-split", "validation"]))
     assert torch.equal(train_again[0][0], train_set[0][0])
-    for i in range(7):
-        assert not any(torch.equal(validation_set[i][0], other[j][0])
-                       for other in (test_set, train_set) for j in range(7))
+    sets = [LabelledScenes(7, 0), train_set, test_set, validation_set]  # the first: pre-training's
+    assert len({data[i][0].numpy().tobytes() for data in sets for i in range(7)}) == 28
+
+
+def test_classes_are_those_of_the_training_images(tmp_path):
+    """Also where the test has fewer of them; of the linear probe likewise."""
+    make_voc(tmp_path, [[("cat", 0, 1, 1, 9, 9), ("dog", 0, 1, 1, 9, 9)],
+                        [("dog", 0, 1, 1, 9, 9)]])
+    for name, line in (("train", "0000\n"), ("val", "0001\n")):
+        (tmp_path / "ImageSets" / "Main" / f"{name}.txt").write_text(line)
+    words = f"--dataset voc --data {tmp_path} --train-split train --test-split val".split()
+    train_set, test_set = ft.data_sets(ft.parse_args(words))
+    assert test_set.classes == train_set.classes == ["cat", "dog"]
+    assert test_set[0][1]["labels"].tolist() == [1]
+    args = linear_probe.parse_args(words)
+    train = linear_probe.read_data(args, "train")
+    assert linear_probe.read_data(args, "test", train.classes).targets.tolist() == [[-1, 1]]
+
+
+def test_detectors_of_scenes():
+    names = "arch fpn_channels anchor_size rois min_size max_size batch_size precise_bn".split()
+    for words, expected in (("", ["resnet18", 64, 8, 64, [96], 96, 8, 0]),
+                            ("--detector retinanet", ["resnet18", 64, 16, 64, [96], 96, 8, 0]),
+                            ("--detector c4", ["resnet18", 64, 8, 16, [192], 192, 8, 0])):
+        args = vars(ft.parse_args(words.split()))
+        assert [args[name] for name in names] == expected
+
+
+def test_no_weight_decay_of_normalisation():
+    nn, args = torch.nn, ft.parse_args([])
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.LayerNorm(2))
+    for args.optimizer, args.weight_decay in (("sgd", 0.1), ("adam", 0.1)):
+        others, norms = ft.make_optimizer(model, args).param_groups
+        assert (others["weight_decay"], norms["weight_decay"]) == (0.1, 0)
+        assert {*map(id, norms["params"])} == {*map(id, model[1:].parameters())}
+
+
+def test_processes_share_batch_norm(tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(_model, _device, **options):
+        raise Stop(options)
+
+    monkeypatch.setattr(ft, "distribute", stop)
+    with pytest.raises(Stop) as started:
+        ft.main([*DETECTOR[1:], "--workers", "0", "--out", str(tmp_path)])
+    assert started.value.args[0] == dict(sync_batch_norm=True)
+
+
+def test_bytes_of_a_gpus_share(monkeypatch):
+    """Of this process's images, half as many in bfloat16; on a CPU of all of them."""
+    monkeypatch.setattr(ft, "training_bytes", lambda _model, images, *_sizes: 100 * images)
+    monkeypatch.setattr(ft, "world_size", lambda: 2)
+    args = SimpleNamespace(batch_size=7, min_size=[1], max_size=1, rois=1)
+    for args.precision, kind, wanted in ((None, "cuda", 200), ("float32", "cuda", 400),
+                                         (None, "cpu", 700)):
+        assert ft.bytes_of_a_step(None, args, torch.device(kind)) == wanted
 
 
 class Oracle(torch.nn.Module):
@@ -354,13 +410,15 @@ def test_the_small_recipe(tmp_path):
         ft.parse_args("--dataset coco --data D --small --schedule 2x".split())
 
 
-def test_voc_from_end_to_end(tmp_path, capsys):
+def test_voc_from_end_to_end(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     things = [[("dog", 0, 1 + i, 5, 40 + i, 50), ("cat", i % 2, 50, 5, 75, 40)] for i in range(8)]
     make_voc(tmp_path / "voc", things)
     make_voc(tmp_path / "voc", things[:5], split="test")
     words = ["--dataset", "voc", "--data", str(tmp_path / "voc"), *TINY, "--warmup", "2",
              "--train-split", "trainval", "--test-split", "test", "--out", str(tmp_path / "run")]
     ft.main([*words, "--workers", "2"])
+    assert not torch.backends.cudnn.deterministic  # RoI Align's gradients are not either
     out = capsys.readouterr().out
     for text in ("resnet18 c4 from random weights: 8 images, 2 classes", "COCO's rules:  AP ",
                  "VOC07's 11-point rule:  AP ", "21 of 21 batch norm layers train"):

@@ -293,6 +293,23 @@ def test_strengths_stay_in_their_ranges():
     hue = hue[:, :, 0, 0]  # (500, 3)
     shift = (hue[:, 1] - hue[:, 2]) * 2.55 / 6  # 100 to 1 of a sixth of the circle
     assert -0.101 < shift.min() < -0.09 and 0.09 < shift.max() < 0.101
+    grey = flat.clone()
+    grey[..., :4] = 60
+    contrast = denormalised(augment_colour(grey, jitter=(0, 0.4, 0, 0), **off))
+    gap = (contrast[:, 0, 0, 7] - contrast[:, 0, 0, 0]) * 255 / 40  # (500,)
+    assert 0.59 < gap.min() < 0.63 and 1.37 < gap.max() < 1.41
+    same = denormalised(augment_colour(grey, jitter=(0, 0, 0.4, 0), **off))  # nothing to change
+    torch.testing.assert_close(same, grey / 255, atol=1e-4, rtol=0)
+
+
+def test_sigmas_of_the_blur(monkeypatch):
+    torch.manual_seed(0)
+    flat, seen = torch.full((500, 3, 8, 8), 100, dtype=torch.uint8), []
+    monkeypatch.setattr(im, "gaussian_blur", lambda x, sigma: seen.append(sigma) or x)
+    augment_colour(flat, **dict(PLAIN, p_blur=1))
+    sigma, = seen
+    assert 0.1 <= sigma.min() < 0.12 and 1.98 < sigma.max() <= 2
+    assert sigma.mean().item() == pytest.approx(1.05, abs=0.1)
 
 
 def test_the_order_of_the_jitter_varies_with_the_batch(monkeypatch):

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import make_photos, refusal, start_processes
+from conftest import make_photos, process_group, refusal, start_processes
 from layouts import make_voc
 from PIL import Image
 
+import linear_probe
 from common import InputError, resnet_stages
 from linear_probe import (Labelled, average_precision, extract, fit_svm, main, parse_args, presence,
                           read_data, softmax_scores, svm_objective, svm_scores)
 from plumbing.files import ImageFiles
+from plumbing.images import seed_for
 from plumbing.weights import LEVELS, save_tensors
 
 
@@ -312,3 +314,63 @@ def test_annotations_without_a_class_to_learn(classes, tmp_path, capsys):
     for path in files:
         path.write_text("<annotation/>")
     assert "no classes in train" in refusal(main, words)
+
+
+def softmax_of_two(number, folder):
+    """Each trains on a class of its own; the first is then right about both, the second, whose
+    label is wrong, about none."""
+    with process_group(number, 2, folder):
+        args, x = parse_args("--epochs 20 --batch-size 32".split()), 5 * torch.eye(2)
+        train = x[number].expand(32, 2), torch.full((32,), number)
+        test = (x, torch.tensor([0, 1])) if number == 0 else (x[1:], torch.tensor([0]))
+        found = softmax_scores(train, test, ["a", "b"], args)
+        assert found["top-1"] == pytest.approx(2 / 3)
+
+
+def test_softmax_of_two_processes(tmp_path):
+    start_processes(softmax_of_two, (tmp_path,), 2)
+
+
+def test_softmax_is_sgd_by_hand(monkeypatch):
+    """main_lincls.py: momentum 0.9, a tenth of the rate from epochs 60 and 80 of 100 on."""
+    kept, args = [], parse_args("--epochs 5 --batch-size 4 --lr 320".split())
+    monkeypatch.setattr(linear_probe, "distribute",
+                        lambda layer, _device: kept.append(layer) or (layer, layer))
+    torch.manual_seed(1)
+    x, y = torch.randn(10, 3), torch.arange(10) % 3
+    softmax_scores((7 * x, y), (x, y), [*"abc"], args)
+    x, classes = x / x.norm(dim=1).mean(), torch.eye(3)
+    torch.manual_seed(args.seed)
+    w, b = torch.nn.init.normal_(torch.nn.Linear(3, 3).weight.data, std=0.01), torch.zeros(3)
+    velocity = [torch.zeros(3, 3), torch.zeros(3)]
+    for epoch, lr in enumerate((5.0, 5.0, 5.0, 0.5, 0.05)):  # 320 for 256 images
+        order = np.random.default_rng(seed_for(args.seed, epoch, 0)).permutation(10)
+        for rows in (order[:4], order[4:8]):
+            error = ((x[rows] @ w.T + b).softmax(1) - classes[y[rows]]) / 4  # (4, 3)
+            for p, v, gradient in zip((w, b), velocity, (error.T @ x[rows], error.sum(0))):
+                v.mul_(0.9).add_(gradient)
+                p.sub_(lr * v)
+    torch.testing.assert_close(kept[0].weight.data, w, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(kept[0].bias.data, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_class_of_which_none_is_held_out_takes_the_others_cost():
+    """A faint feature that tells all, which only a high cost finds."""
+    torch.manual_seed(0)
+    x, y = torch.randn(150, 20), torch.sign(torch.randn(150, 1)).repeat(1, 2)
+    x[:, 0] = 0.05 * y[:, 0]
+    y[np.random.default_rng(0).permutation(150)[:30], 1] = 0  # not judged
+    found, low = (svm_scores((x, y), (x, y), ["a", "b"], parse_args(["--costs", *costs]))["b"]
+                  for costs in (["0.01", "100000"], ["0.01"]))
+    assert found > 0.99 > 0.9 > low
+
+
+def test_the_papers_settings():
+    """MoCo, Sec. 4.1; VOC07 (DUPR, 4.5.1); for scenes small ones."""
+    args = parse_args(["--dataset", "voc", "--data", "x"])
+    assert (args.train_split, args.test_split) == (["2007/trainval"], ["2007/test"])
+    assert (args.image_size, args.crop) == (224, 0.875)
+    assert args.costs == pytest.approx([0.01, 0.1, 1, 10, 100, 1000])
+    assert (args.lr, args.epochs, args.batch_size) == (30, 100, 256)
+    args = parse_args([])
+    assert (args.image_size, args.crop) == (96, 1)

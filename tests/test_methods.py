@@ -37,7 +37,7 @@ import vicreg
 from common import InputError, View
 from plumbing import drawing
 from plumbing.flags import fit_recipe
-from plumbing.images import IMAGENET_MEAN, IMAGENET_STD
+from plumbing.images import IMAGENET_MEAN, IMAGENET_STD, two_views
 from plumbing.run import Run, distribute
 from plumbing.weights import load_checkpoint
 from scenes import Scenes
@@ -290,6 +290,19 @@ def test_queues_are_filled_with_keys_of_steps_after_the_last(recorded, name):
         assert all(k.shape == (8, 16) for k in pushed)  # as many of DUPR's positions as of images
 
 
+@every_method
+def test_what_is_decoded_and_cut_of_an_image(recorded, name):
+    """A photo with enough pixels for each kind of view; the views as the recipe says."""
+    crops = {"detco": ((32, 0.4), (54, 0.6)), "soco": ((32, 0.5),)}.get(name, ((32, 0.4),))
+    more = dict(interpolation="bicubic") if name in ("barlow_twins", "vicreg") else {}
+    for call in [call for call in recorded(name)[1] if call.name == "batches"]:
+        _, data, cut, *_ = call.args
+        assert (data.photos if name == "soco" else data).crops == crops
+        if name not in ("detco", "dupr", "soco"):  # these have functions of their own
+            assert cut.func is two_views
+            assert cut.keywords == dict(size=32, scale=(0.4, 1.0), **more)
+
+
 @pytest.mark.parametrize("name", ["barlow_twins", "vicreg"])
 def test_the_correlation_that_is_drawn(recorded, name):
     """Of a batch that is never trained on, in eval mode."""
@@ -405,6 +418,31 @@ def test_one_step_in_bfloat16_is_near_one_in_float32(tmp_path, monkeypatch, name
 
 
 # --------------------------------------------------------------------------------------- gradients
+
+
+@every_method
+def test_processes_share_gradients_and_batch_norm(name, tmp_path, monkeypatch):
+    """The loop goes through the wrapper that distribute returns, and asks for the right one."""
+    seen = []
+
+    def wrapped(model, device, **options):
+        seen.append(options)
+        model, _ = distribute(model, device)
+        return model, lambda *batch: seen.append("ddp") or model(*batch)
+
+    monkeypatch.setattr(METHODS[name].module, "distribute", wrapped)
+    run(name, tmp_path, "--epochs", "1")
+    assert seen == [{} if name in CONTRASTIVE else dict(sync_batch_norm=True), "ddp", "ddp"]
+
+
+@pytest.mark.parametrize("name", CONTRASTIVE)
+def test_keys_are_of_unit_length_in_bfloat16_too(name):
+    torch.manual_seed(0)
+    model, batch = METHODS[name].tests.small(), METHODS[name].tests.batch(8)
+    with torch.autocast("cpu", torch.bfloat16):
+        keys = keys_of(model(*batch))
+    for k in keys:
+        torch.testing.assert_close(k.norm(dim=1), torch.ones(len(k)), atol=1e-6, rtol=0)
 
 
 def pixels(batch):

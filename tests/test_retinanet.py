@@ -456,3 +456,8 @@ def test_a_resumed_run_is_an_uninterrupted_one(tmp_path, capsys, monkeypatch):
     visualize.main(["detections", "--rows", "2", "--score", "0", "--weights", checkpoint,
                     "--out", str(tmp_path / "found.png")])
     assert (tmp_path / "found.png").exists()
+
+
+def test_mean_and_deviation_of_the_images():
+    transform = small(mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)).transform
+    assert transform.image_mean == [0.1, 0.2, 0.3] and transform.image_std == [0.4, 0.5, 0.6]

@@ -260,6 +260,30 @@ def test_bfloat16_where_it_is_asked_for():
         mixed_precision(SimpleNamespace(precision="bfloat16"), CPU, side=16)
 
 
+def test_bfloat16_is_the_default_on_gpus(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "autocast", lambda *args, **more: seen.append((*args, more)))
+    for precision in (None, "float32"):
+        mixed_precision(SimpleNamespace(precision=precision), torch.device("cuda"), side=8)
+    assert seen == [("cuda", torch.bfloat16, dict(enabled=on)) for on in (True, False)]
+
+
+def test_what_a_gpu_is_set_to(monkeypatch):
+    seen = []
+    for owner, name, value in ((torch.cuda, "is_available", lambda: True),
+                               (torch.cuda, "device_count", lambda: 2),
+                               (torch.cuda, "set_device", seen.append),
+                               (torch, "set_float32_matmul_precision", seen.append),
+                               (torch.backends.cudnn, "deterministic", False)):
+        monkeypatch.setattr(owner, name, value)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert plumbing.setup().type == "cuda" and seen == [1, "high"]
+    assert torch.backends.cudnn.deterministic
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(InputError, match="3 processes, but 2 GPUs"):
+        plumbing.setup()
+
+
 @pytest.mark.parametrize("files, expected", [
     ({"/proc/meminfo": "MemTotal: 99 kB\nMemAvailable:  2048 kB\n",
       "/sys/fs/cgroup/memory.max": "max\n"}, 2 ** 21),

@@ -1,4 +1,5 @@
 import colorsys
+import itertools
 
 import numpy as np
 import pytest
@@ -423,3 +424,35 @@ def test_ctrl_c_is_one_line(tmp_path, photos, monkeypatch, capsys):
     assert capsys.readouterr().err == "stopped; run the same command again to resume\n"
     with pytest.raises(InputError, match="holds 4 of 120 images"):
         ss.read_proposals(tmp_path / "p.npz")
+
+
+@pytest.mark.parametrize("strategy, runs", [
+    ("single", [("hsv", TERMS, 100)]),
+    ("fast", [*itertools.product(("hsv", "lab"), (TERMS, "texture size fill"), (50, 100))])])
+def test_proposals_are_those_of_each_colour_measure_and_k(strategy, runs):
+    """Of segments of k pixels or more, in a Gaussian of 0.8 pixels; by the slow grouping."""
+    image, expected = random_image(2, 30, 36), set()
+    for colour, terms, k in runs:
+        x = ss.colour_space(image, colour)
+        a, b, weight = ss.grid_edges(ss.smooth(x, 0.8))
+        label = slow_segment([*zip(weight, a.tolist(), b.tolist())], 1080, k, k)
+        label = np.unique(label, return_inverse=True)[1].reshape(30, 36)
+        expected |= {tuple(map(int, box)) for box in slow_group(x, label, terms)}
+    assert len(expected) > 8
+    found = ss.selective_search(image, strategy).astype(int).tolist()
+    assert {*map(tuple, found)} == expected
+
+
+def test_a_search_is_saved_every_minute(tmp_path, monkeypatch):
+    """A kill leaves no time to save."""
+    clock, saved = itertools.count(0, 61), []
+
+    class Looks(Scenes):
+        def __getitem__(self, i):
+            if i == 3:
+                saved.append(ss.read_proposals(tmp_path / "p.npz", finished=False)["offsets"])
+            return super().__getitem__(i)
+
+    monkeypatch.setattr(ss.time, "monotonic", lambda: next(clock))
+    ss.search(Looks(5, 48, 0), tmp_path / "p.npz", "single", 224, 0)
+    assert len(saved) == 1 and len(saved[0]) > 1

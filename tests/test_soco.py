@@ -387,6 +387,17 @@ def test_what_is_pre_trained_is_what_is_fine_tuned(tmp_path, capsys):
     assert {*backbone} == {*body} and all(torch.equal(backbone[k], body[k]) for k in body)
 
 
+def test_boxes_of_reduced_photos_are_in_the_files_pixels(tmp_path):
+    images = ImageFolder(make_photos(tmp_path / "data", 1, size=(645, 485)))
+    np.savez(tmp_path / "p.npz", names=images.names, settings="by hand", sizes=[[645, 485]],
+             boxes=np.int16([[10, 20, 600, 400]]), offsets=[0, 1])
+    for proposals in (selective_search.read_proposals(tmp_path / "p.npz"), None):
+        photo, boxes = soco.Proposed(images, proposals, (32, 0.5))[0]
+        assert photo.pixels.shape == (3, 60, 80) and photo.box.tolist() == [0, 0, 640, 480]
+        assert 320 < boxes[:, 2].max() <= 640
+        assert proposals is None or boxes.tolist() == [[10, 20, 600, 400]]
+
+
 def test_images_without_proposals_use_the_whole_view(tmp_path):
     """A file of proposals for a larger folder, in which half of the images have none."""
     make_photos(tmp_path / "data", 16)

@@ -12,12 +12,13 @@ from conftest import coordinates, make_photos, run
 from matplotlib.figure import Figure
 from PIL import Image
 from torchvision.models.detection import fasterrcnn_resnet50_fpn
+from torchvision.ops import roi_align
 
 import detco
 import dupr
 from common import View, resnet_stages
 from detection.models import build_detector
-from figures import backbones, of_detco
+from figures import backbones, of_detco, of_dupr
 from figures.of_detco import attention_map, neighbours, pair_similarity, pooled
 from figures.of_dupr import boxes_of_iou, correspond, counterpart
 from figures.of_methods import METHODS, views_of
@@ -363,10 +364,14 @@ def test_a_swin_shows_no_attention(files, tmp_path):
     assert float(rows[0]["share_above_half"]) == 0  # its layer norm leaves a mean of 0 everywhere
 
 
-def test_iou_similarity_of_voc(files, tmp_path):
+def test_iou_similarity_of_voc(files, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(of_dupr, "roi_align", lambda level, rois, *args, **more: seen.append(
+        rois[0][0].tolist()) or roi_align(level, rois, *args, **more))
     rows = figure(files, tmp_path, "iou-similarity", "--dataset", "voc", "--data", files / "voc",
                   "--split", "test", "--arch", "resnet18", "--level", "res3")
     assert sum(int(row["boxes"]) for row in rows) == 80
+    assert seen[0] == pytest.approx([10 * 64 / 80, 5 * 64 / 60, 50 * 64 / 80, 45 * 64 / 60])
 
 
 def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
@@ -375,9 +380,9 @@ def test_attention_in_and_outside_of_boxes(files, tmp_path, monkeypatch):
         def forward(self, x):
             return [F.avg_pool2d(x, 2)] * 4
 
-    box = torch.tensor([[16.0, 32.0, 48.0, 56.0]])
-    image = torch.zeros(3, 64, 64, dtype=torch.uint8)
-    image[:, 32:56, 16:48] = 255
+    box = torch.tensor([[32.0, 32.0, 96.0, 56.0]])
+    image = torch.zeros(3, 64, 128, dtype=torch.uint8)
+    image[:, 32:56, 32:96] = 255
     monkeypatch.setattr(backbones, "pictures", lambda args: iter([(image, dict(boxes=box))]))
     monkeypatch.setattr(backbones, "load_backbones", lambda *_: [("random", Bright(), {})])
     (row,) = figure(files, tmp_path, "attention")
@@ -402,6 +407,10 @@ def test_similarity_of_detcos_heads(files, tmp_path, monkeypatch):
     assert changed["positive_global"] == heads["positive_global"]
     assert float(changed["positive_local"]) == float(changed["negative_local"]) == 1
     assert float(heads["positive_local"]) != 1
+    for parameter in model.encoder_k.global_heads[3].parameters():
+        parameter.data.zero_()  # then keys are
+    save_checkpoint(tmp_path / "checkpoint.pt", saved)
+    assert float(figure(files, tmp_path, *words)[0]["positive_global"]) == 1
     saved["args"]["no_local"] = True
     save_checkpoint(tmp_path / "checkpoint.pt", saved)
     with pytest.raises(SystemExit, match="has no local head at res5"):
