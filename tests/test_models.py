@@ -511,9 +511,9 @@ def test_detections_do_not_depend_on_who_shares_the_batch():
 @pytest.mark.parametrize("detector", ["fpn", "c4"])
 def test_mixed_precision_leaves_boxes_in_float32(detector):
     torch.manual_seed(0)
-    model = build_detector("resnet18", 3, detector, 16, min_size=[640], max_size=640,
-                              rois=8, masks=True).train()
-    truth = torch.tensor([[321.3, 130.7, 611.9, 399.1]])
+    model = build_detector("resnet18", 3, detector, 16, min_size=[160], max_size=160,
+                           rois=8, masks=True).train()
+    truth = torch.tensor([[80.3, 32.7, 152.9, 99.1]])  # bfloat16 would round each by 0.05 or more
     seen, logits = [], []
 
     def encode(truths, proposals):
@@ -524,8 +524,8 @@ def test_mixed_precision_leaves_boxes_in_float32(detector):
     model.roi_heads.mask_predictor.register_forward_hook(
         lambda _module, inputs, output: logits.extend([*inputs, output]))
     with torch.autocast("cpu", torch.bfloat16):
-        losses = model([torch.rand(3, 640, 640)], [dict(
-            boxes=truth, labels=torch.tensor([1]), bitmasks=torch.ones(1, 640, 640).bool())])
+        losses = model([torch.rand(3, 160, 160)], [dict(
+            boxes=truth, labels=torch.tensor([1]), bitmasks=torch.ones(1, 160, 160).bool())])
     assert [x.dtype for x in (*logits, losses["loss_mask"])] == [
         torch.bfloat16, torch.float32, torch.float32]
     (truths, proposals), = seen
