@@ -26,6 +26,7 @@ torch.set_num_threads(1)  # with two threads and other load, tests took ten time
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+from plumbing import drawing  # noqa: E402
 
 # A run of seconds of each command: script and flags
 MOCO = ("moco_v2.py --scenes 16 --epochs 3 --batch-size 8 --image-size 32 --queue-size 16 "
@@ -81,12 +82,30 @@ def tmp_path():
         yield path
 
 
+def leave_curves_out(logs, path):
+    """In place of draw_curves, which takes a third of the time of a run of few steps."""
+    Path(path).touch()
+
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    monkeypatch.setattr(drawing, "draw_curves", leave_curves_out)
+
+
+@pytest.fixture
+def curves(no_curves, monkeypatch):
+    """For a test that looks at the curves of a run."""
+    monkeypatch.undo()
+
+
 # ---------------------------------------------------------------------------------------- processes
+
+PRELOADED = ["torchvision", "matplotlib.figure"]
 
 
 def start_processes(function, args, processes):
     """function(number, *args) in each of so many processes, forked from one that has torch."""
-    multiprocessing.set_forkserver_preload(["torchvision"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     torch.multiprocessing.start_processes(function, args, processes, start_method="forkserver")
 
 
@@ -108,6 +127,7 @@ def _main(script, words, environment, log, file_size):
     if file_size:  # bytes that a file may have, as on a disk that is full
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
     torch.set_num_threads(1)
+    drawing.draw_curves = leave_curves_out
     importlib.import_module(script).main(words)
 
 
@@ -115,7 +135,7 @@ def fork(script, *words, log, processes=1, file_size=0):
     """Start main(words) of a script in processes of its own, which write to the file ``log``: as
     command does, but without seconds of imports, and without torchrun."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torchvision"])
+    context.set_forkserver_preload(PRELOADED)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

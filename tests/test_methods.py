@@ -3,6 +3,7 @@ own file, which also has small(**options), a network, and batch(number), what it
 import ast
 import functools
 import inspect
+import json
 import math
 import os
 import shutil
@@ -722,17 +723,38 @@ COPIED = {  # a run's flags with another's photos, whose defaults are the paper'
     "soco": "--small-size 32 --fpn-channels 8 --hidden 24", "barlow_twins": "", "vicreg": ""}
 
 
-def python(script, folder, *words):
-    """Start a script in its folder: all that it finds beside the installed packages."""
+def python(code, folder):
+    """What code prints, as a script in a folder: all that it finds beside the installed packages.
+    Fails if it does."""
+    (folder / "script.py").write_text(code)
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     environment.update(OMP_NUM_THREADS="1", PYTHONDONTWRITEBYTECODE="1")
-    return subprocess.Popen([sys.executable, script, *words], cwd=folder, env=environment,
-                            text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    process = subprocess.run([sys.executable, "script.py"], cwd=folder, env=environment, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    assert process.returncode == 0, process.stdout
+    return process.stdout
+
+
+RUN_EACH = """
+import json
+import os
+import runpy
+import sys
+for name, words in json.load(open("commands.json")).items():  # each finds its own folder alone
+    sys.path[0] = os.path.abspath(name)
+    os.chdir(name)
+    known, sys.argv = {*sys.modules}, words
+    runpy.run_path(words[0], run_name="__main__")
+    for module in {*sys.modules} - known:
+        if str(getattr(sys.modules[module], "__file__", "")).startswith(os.getcwd()):
+            del sys.modules[module]
+    os.chdir("..")
+"""
 
 
 def test_a_copied_file_trains(tmp_path):
     """A method's file, common.py and plumbing/ (SoCo: and selective_search.py), nothing else."""
-    photos, started = make_photos(tmp_path / "photos", 16), {}
+    photos, commands = make_photos(tmp_path / "photos", 16), {}
     for name, flags in COPIED.items():
         shutil.copytree(ROOT / "plumbing", tmp_path / name / "plumbing",
                         ignore=shutil.ignore_patterns("__pycache__"))
@@ -741,10 +763,11 @@ def test_a_copied_file_trains(tmp_path):
             shutil.copy(ROOT / file, tmp_path / name)
         words = ("--arch resnet18 --epochs 1 --batch-size 8 --image-size 32 --dim 16 --workers 0 "
                  f"--log-every 1 --out run {flags}")
-        started[name] = python(f"{name}.py", tmp_path / name, "--data", photos, *words.split())
-    for name, process in started.items():
-        out, _ = process.communicate(timeout=300)
-        assert process.returncode == 0 and "run/backbone.pt is the pre-trained" in out, out
+        commands[name] = [f"{name}.py", "--data", str(photos), *words.split()]
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
+    out = python(RUN_EACH, tmp_path)
+    assert out.count("run/backbone.pt is the pre-trained") == len(COPIED), out
+    for name in COPIED:
         start = 1 if name in CONTRASTIVE else 0  # of the paper's recipe; two steps lead little away
         assert last_norm(tmp_path / name / "run") == pytest.approx(start, abs=0.1)
         assert column(tmp_path / name / "run", "step") == ["1", "2"]
@@ -813,11 +836,8 @@ def test_a_copied_class_trains_in_somebody_s_loop(tmp_path):
                 ("plumbing", "selective_search"))]
         (tmp_path / f"{name}.py").write_text(ast.unparse(tree))
     shutil.copy(ROOT / "common.py", tmp_path)
-    (tmp_path / "loop.py").write_text(SOMEBODYS_LOOP)
-    process = python("loop.py", tmp_path)
-    out, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, out
-    assert out.splitlines() == [  # no box of SoCo's lies on P3 to P5, which have a weight each
+    assert python(SOMEBODYS_LOOP, tmp_path).splitlines() == [
+        # no box of SoCo's lies on P3 to P5, which have a weight each
         f"{method.network.__name__} True {2 * 3 if name == 'soco' else 0}"
         for name, method in METHODS.items()]
 

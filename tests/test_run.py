@@ -317,7 +317,7 @@ def test_warnings_of_queues_that_do_not_fit(capsys):
 # ----------------------------------------------------------------------------------- a run's folder
 
 
-def test_what_a_run_leaves(tmp_path, capsys):
+def test_what_a_run_leaves(tmp_path, capsys, curves):
     main(["--out", tmp_path, "--epochs", 2, "--log-every", 3])
     rows = read_log(tmp_path / "log.csv")
     assert [*rows[0]] == ["step", "epoch", "loss", "loss_chance", "noise", "lr", "images_per_s"]

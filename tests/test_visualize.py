@@ -447,7 +447,8 @@ def test_detections_of_a_fine_tuned_detector(files, tmp_path):
     fine_tune(["--dataset", "voc", "--data", str(files / "voc"), "--train-split", "test",
                "--test-split", "test", "--detector", "fpn", "--arch", "resnet18", "--min-size",
                "64", "--max-size", "64", "--rois", "8", "--fpn-channels", "8", "--iterations", "1",
-               "--batch-size", "1", "--workers", "0", "--out", str(tmp_path / "voc")])
+               "--batch-size", "1", "--precise-bn", "1", "--workers", "0", "--out",
+               str(tmp_path / "voc")])
     tuned = ["detections", "--rows", 2, "--weights", tmp_path / "voc" / "checkpoint.pt"]
     rows = figure(files, tmp_path, *tuned, "--data", files / "voc")  # its own split
     assert [row["annotated"] for row in rows] == ["1", "1"]

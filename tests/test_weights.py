@@ -329,9 +329,14 @@ def test_the_architecture_is_found_in_the_file(tmp_path, arch, capsys):
     (_, random, _), (_, found, _) = load_backbones(args, torch.device("cpu"), lambda: images)
     assert equal(found.state_dict(), stages.state_dict())
     assert random.state_dict().keys() == found.state_dict().keys()  # as the other
+
+
+def test_without_an_architecture_random_weights_are_a_resnet50_and_files_are_refused(tmp_path):
     args = SimpleNamespace(weights=["none"], labels=None, arch=None, data="photos", seed=0)
+    images = torch.rand(2, 3, 64, 64)
     (_, random, _), = load_backbones(args, torch.device("cpu"), lambda: images)
-    assert random.channels[-1] == 2048  # ResNet-50
+    assert random.channels[-1] == 2048
+    path = tmp_path / "fc.pt"
     torch.save({"fc.weight": torch.zeros(2)}, path)
     assert find_architecture(path) is None
     args.weights = [str(path)]
