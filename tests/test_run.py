@@ -1,6 +1,5 @@
 """The plumbing of every run, with a network of one linear layer where that is enough; then runs of
 the commands as users start, stop and repeat them: real processes, real signals, real files."""
-import importlib
 import io
 import itertools
 import json
@@ -18,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import (DETCO, DETECTOR, DUPR, MOCO, ROOT, SOCO, assert_identical, column, command,
+from conftest import (DETCO, DETECTOR, MOCO, ROOT, SOCO, assert_identical, column, command,
                       ended, fork, make_photos, process_group, refusal, start_processes)
 from PIL import Image
 from torch import nn
@@ -888,22 +887,6 @@ def test_one_step_of_a_detector_in_bfloat16_is_near_one_in_float32(tmp_path):
     assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.02)
     cosine = torch.cosine_similarity(gradients["bfloat16"], gradients["float32"], dim=0)
     assert cosine > 0.9
-
-
-@pytest.mark.parametrize("words", [MOCO, DETCO, DUPR], ids=lambda words: words[0])
-def test_colours_are_made_in_float32_also_while_a_queue_fills(tmp_path, monkeypatch, words):
-    module, mixed = importlib.import_module(words[0].removesuffix(".py")), []
-    augment_colour = module.augment_colour
-
-    def watched(pixels, **options):
-        mixed.append(torch.is_autocast_enabled("cpu"))
-        return augment_colour(pixels, **options)
-
-    monkeypatch.setattr(module, "augment_colour", watched)
-    patches = ["--patch-size", "18"] if words is DETCO else []  # others are too small for bfloat16
-    module.main([*words[1:], *patches, "--precision", "bfloat16", "--workers", "0", "--epochs", "1",
-                 "--out", str(tmp_path)])
-    assert len(mixed) >= 8 and not any(mixed)
 
 
 def test_a_random_queue_starts_random(tmp_path, capsys):
