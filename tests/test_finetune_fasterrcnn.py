@@ -410,7 +410,7 @@ def test_the_small_recipe(tmp_path):
         ft.parse_args("--dataset coco --data D --small --schedule 2x".split())
 
 
-def test_voc_from_end_to_end(tmp_path, capsys, monkeypatch):
+def test_voc_from_end_to_end(tmp_path, capsys, curves, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     things = [[("dog", 0, 1 + i, 5, 40 + i, 50), ("cat", i % 2, 50, 5, 75, 40)] for i in range(8)]
     make_voc(tmp_path / "voc", things)
@@ -426,6 +426,8 @@ def test_voc_from_end_to_end(tmp_path, capsys, monkeypatch):
     assert {p.name for p in (tmp_path / "run").iterdir()} == {
         "ap.json", "args.json", "checkpoint.pt", "curves.png", "detections.png", "lock",
         "log.csv"}
+    with Image.open(tmp_path / "run" / "curves.png") as image:
+        assert 900 < image.width < 1000  # of two panels beside each other
     ap = json.loads((tmp_path / "run" / "ap.json").read_text())
     assert set(ap) == {*NAMES, "per_class", "VOC07"} and set(ap["per_class"]) == {"cat", "dog"}
     # the recipe: lr 0.02 for 16 images, 4 here; the last of 4 steps is after the drop at 3
